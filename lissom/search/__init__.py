@@ -1,0 +1,1 @@
+"""The search: budget, proposals, trials, runs on disk, and the choice among what was measured."""

@@ -1,0 +1,55 @@
+"""Technique: a change that makes a model cheaper; its fields are its knobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from lissom.export.plan import Plan
+from lissom.runtime.target import Target
+from lissom.tasks.task import Task
+
+__all__ = ["STAGES", "Technique"]
+
+STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision", "memory")
+
+
+@dataclass(frozen=True)
+class Technique:
+    """Base of all techniques: a frozen dataclass whose fields are its knobs, with the paper's defaults.
+
+    A technique changes structure only: ``apply`` trains nothing, reads no data and leaves its input untouched.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[str]  # one of STAGES: the place in the canonical order
+    refuses: ClassVar[Mapping[str, str]] = {}  # other techniques that cannot stand in one recipe, and why
+
+    def check(self, plan: Plan, target: Target) -> None:
+        """Raise NotApplicable, with what would do, where this cannot work on the plan or the target. Milliseconds."""
+
+    def apply(self, plan: Plan, task: Task) -> Plan:
+        """The changed plan."""
+        raise NotImplementedError
+
+    @classmethod
+    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any]]:
+        """Knob name -> values worth searching on this plan. Empty: only the default."""
+        return {}
+
+    def variants(self, plan: Plan, target: Target) -> tuple[Self, ...]:
+        """The settings an undecided knob (None) stands for; all are measured and the winner is kept."""
+        return (self,)
+
+    def knobs(self) -> dict[str, Any]:
+        """The knobs that differ from their defaults, in the order of the fields."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != (f.default if f.default is not dataclasses.MISSING else None)
+        }
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.knobs().items())})"
