@@ -1,8 +1,12 @@
+# make help      these lines
+# make env       the environment in .venv, from requirements.lock; nothing is done twice
 # make demo      the environment, then the main job on the embedded default
 # make test      lint, types, floors, then the tests that need no more than minutes
 # make test-full what takes longer as well
 # make lock      compile requirements.lock anew from pyproject.toml
-# make docs      write docs/ pages from the docstrings
+# make docs      write docs/parts/ from the docstrings
+# make clean     remove the environment and the caches
+# Another Python than python3: make PYTHON=python3.12
 
 UV_VERSION := 0.13.9
 PYTHON ?= python3
@@ -11,9 +15,11 @@ READY := .venv/.ready
 UV := .uv/bin/uv
 
 export NNCF_CI := 1
-export OPENVINO_TELEMETRY := 0
 
-.PHONY: demo test test-full lint lock docs env clean
+.PHONY: help env demo test test-full lint lock docs clean
+
+help:
+	@sed -n 's/^# \(make \|Another\)/\1/p' Makefile
 
 env: $(READY)
 
@@ -52,4 +58,4 @@ docs: $(READY)
 	$(BIN)/python docs/make.py
 
 clean:
-	rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .uv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

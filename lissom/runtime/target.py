@@ -55,6 +55,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_name() -> str:
+    """The processor as it calls itself, or its architecture."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 

@@ -58,7 +58,6 @@ class Trial:
     resolved: str = ""
     metrics: Metrics = field(default_factory=Metrics)
     artifact: str = ""  # path inside the run's folder; "" where there is none
-    digest: str = ""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -11,9 +12,22 @@ from lissom.export.plan import Plan
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 
-__all__ = ["STAGES", "Technique"]
+__all__ = ["STAGES", "Subset", "Technique"]
 
 STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision", "memory")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A knob's space: any subset of ``items``, as a tuple in their order."""
+
+    items: tuple[str, ...]
+
+    def draw(self, rng: random.Random) -> tuple[str, ...]:
+        """A random subset: mostly few items, at most a third of them; a policy that spares most saves nothing."""
+        most = max(1, len(self.items) // 3)
+        count = min(len(self.items), 1 + int(most * rng.random() ** 2))
+        return tuple(sorted(rng.sample(self.items, count), key=self.items.index))
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Technique:
         raise NotImplementedError
 
     @classmethod
-    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any]]:
+    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset]:
         """Knob name -> values worth searching on this plan. Empty: only the default."""
         return {}
 

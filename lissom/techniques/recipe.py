@@ -15,7 +15,7 @@ from typing import Any
 
 from lissom.errors import LissomError, NotApplicable
 from lissom.export.plan import Plan
-from lissom.registry import load_part, parts
+from lissom.registry import load_part
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES, Technique
@@ -111,10 +111,6 @@ def _technique(node: ast.expr) -> Technique:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise LissomError(f"{ast.unparse(node)!r} in the recipe is not of the form name(knob=value)")
     name = node.func.id
-    if name not in {p.name for p in parts("technique")}:
-        raise LissomError(
-            f"the recipe names the technique {name!r}; known: {', '.join(p.name for p in parts('technique'))}"
-        )
     kind: type[Technique] = load_part("technique", name)
     fields = [f.name for f in dataclasses.fields(kind)]
     if node.args:

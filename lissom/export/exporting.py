@@ -1,0 +1,130 @@
+"""``export_plan``: from a Plan to an Artifact, verified on real inputs against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from lissom.errors import LissomError
+from lissom.export.capture import run_eager
+from lissom.export.plan import Plan
+from lissom.images import Preprocessing
+from lissom.registry import load_part, register
+from lissom.runtime.artifact import Artifact, new_artifact
+from lissom.runtime.backends import Graph, Stages, open_graph
+from lissom.runtime.target import Target
+
+__all__ = ["Exported", "Exporter", "Verification", "export_plan", "run_artifact"]
+
+
+@dataclass
+class Exported:
+    """What an exporter wrote: for each stage its graph's file name and options; graph node -> module path."""
+
+    stages: list[dict[str, Any]]
+    nodes: dict[str, str] = field(default_factory=dict)
+
+
+class Exporter(Protocol):
+    """One a runtime: writes a plan's graphs into a folder. Registered under the runtime's name."""
+
+    def __call__(
+        self, plan: Plan, target: Target, shape: tuple[int, ...], calibration: np.ndarray | None, folder: Path
+    ) -> Exported: ...
+
+
+@dataclass(frozen=True)
+class Verification:
+    """An artifact beside its model on ``count`` real inputs: largest difference, the same relative to the largest
+    answer, and the share of inputs with the same top answer."""
+
+    count: int
+    max_error: float
+    relative_error: float
+    agreement: float
+
+
+def export_plan(
+    plan: Plan,
+    target: Target,
+    path: Path,
+    *,
+    shape: tuple[int, ...],
+    calibration: np.ndarray | None = None,
+    recipe: str = "",
+    classes: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+    verify: np.ndarray | None = None,
+    layers: Sequence[dict[str, Any]] = (),
+) -> Artifact:
+    """Write ``plan`` to the folder ``path`` for ``target``: whole, or not at all.
+
+    ``shape`` is one input's (C, H, W); ``calibration`` and ``verify`` are float32 (N, C, H, W). Verification compares
+    with the plan's own modules in float32; a plan in float32 must agree to 1 % of its largest answer. ``layers`` is
+    kept in the artifact for the profile. Raises LissomError where the model cannot be exported or does not verify.
+    """
+    exporter: Exporter = load_part("exporter", target.runtime)
+    fields: dict[str, Any] = {
+        "runtime": target.runtime,
+        "recipe": recipe,
+        "decisions": [],
+        "precision": dict(plan.precision.bits),
+        "precision_options": dict(plan.precision.options),
+        "input": {
+            "shape": [target.batch, *shape],
+            "preprocessing": preprocessing.to_json() if preprocessing else None,
+        },
+        "classes": list(classes),
+        "layers": list(layers),
+        "metrics": {},
+    }
+    with new_artifact(path, fields) as folder:
+        exported = exporter(plan, target, shape, calibration, folder)
+        fields["stages"] = exported.stages
+        fields["nodes"] = exported.nodes
+        if verify is not None and len(verify):
+            fields["verification"] = vars(_verify(plan, target, exported, folder, verify))
+    return Artifact.open(path)
+
+
+def _verify(plan: Plan, target: Target, exported: Exported, folder: Path, inputs: np.ndarray) -> Verification:
+    (stage,) = exported.stages
+    graph = open_graph(folder / stage["graph"], target.runtime, stage["options"], target.threads)
+    got = _run(graph, inputs, target.batch)
+    want = run_eager(plan.model, torch.from_numpy(inputs)).numpy()
+    if got.shape != want.shape or not np.isfinite(got).all():
+        raise LissomError(f"the exported graph answers {got.shape}, the model {want.shape}, or not with finite numbers")
+    error = float(np.abs(got - want).max())
+    relative = error / max(float(np.abs(want).max()), 1e-12)
+    same = float((got.reshape(len(got), -1).argmax(-1) == want.reshape(len(want), -1).argmax(-1)).mean())
+    if plan.precision.float32 and relative > 1e-2:
+        raise LissomError(f"the exported graph differs from the model by {relative:.2%} of its largest answer")
+    return Verification(len(inputs), error, relative, same)
+
+
+def run_artifact(artifact: Artifact, inputs: np.ndarray, threads: int) -> np.ndarray:
+    """The artifact's answers to float32 (N, C, H, W), at its own batch size."""
+    return _run(Stages(artifact, threads), inputs, artifact.input_shape[0])
+
+
+def _run(graph: Graph, inputs: np.ndarray, batch: int) -> np.ndarray:
+    answers = []
+    for start in range(0, len(inputs), batch):
+        part = inputs[start : start + batch]
+        if len(part) < batch:  # the graph's batch is static: fill up with the last row, and drop the answers
+            part = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+        answer = graph.run(np.ascontiguousarray(part))
+        answers.append(np.array(answer[0] if isinstance(answer, list) else answer))
+    return np.concatenate(answers)[: len(inputs)]
+
+
+@register("exporter", "float32")
+def export_float32(model: nn.Module, shape: tuple[int, ...], runtime: str, batch: int, path: Path) -> Artifact:
+    """The model as it is, in float32, for meters that are handed a model instead of an artifact."""
+    return export_plan(Plan.of(model), Target(runtime, batch=batch), path, shape=shape)

@@ -1,0 +1,144 @@
+"""Exporter to OpenVINO: torch.export, conversion, precision by module path with NNCF on the converted graph.
+
+A node's friendly name begins with the name of the torch.export node it stems from ("linear_3/aten.linear.default/
+MatMul"), which knows its module; so a policy keyed by module path reaches the graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lissom.errors import LissomError
+from lissom.export.capture import capture, module_paths
+from lissom.export.exporting import Exported
+from lissom.export.linear_as_conv import linear_as_conv
+from lissom.export.plan import Plan, Precision
+from lissom.export.telemetry import quiet
+from lissom.registry import register
+from lissom.runtime.openvino_graph import import_openvino
+from lissom.runtime.target import Target
+
+__all__ = ["ignored_nodes", "quantise"]
+
+# Candidates that differ in precision only share one conversion, the expensive half of an export (3 to 5 s a network).
+_converted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[Any, dict[str, str]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@register("exporter", "openvino")
+def export_openvino(
+    plan: Plan, target: Target, shape: tuple[int, ...], calibration: np.ndarray | None, folder: Path
+) -> Exported:
+    """``plan`` as OpenVINO IR with its weights in the precision they have: float32 is not halved on disk."""
+    ov = import_openvino()
+    precision = plan.precision
+    converted, nodes = _convert(plan.model, shape, target.batch)
+    graph = converted.clone()
+    if precision.options.get("linear") == "conv":
+        linear_as_conv(graph)
+    if 8 in precision.bits.values():
+        if calibration is None:
+            raise LissomError("int8 needs images to calibrate on; the task has none to fit")
+        graph = quantise(graph, nodes, precision, calibration, target.batch)
+    options = {"precision": "bf16"} if precision.options.get("float_bits") == 16 else {"precision": "f32"}
+    ov.save_model(graph, str(folder / "stage0.xml"), compress_to_fp16=False)
+    return Exported([{"graph": "stage0.xml", "options": options}], nodes)
+
+
+def _convert(model: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
+    """The OpenVINO graph of the model at a static shape, and graph node name -> module path."""
+    key = (batch, *shape)
+    known = _converted.setdefault(model, {})
+    if key not in known:
+        ov = import_openvino()
+        program = _decompose(capture(model, shape, batch))
+        with quiet():
+            try:
+                graph = ov.convert_model(program)
+            except Exception as error:  # the converter raises its own kinds, with pages of text
+                first = str(error).strip().splitlines()[0]
+                raise LissomError(f"OpenVINO cannot convert the model: {first}") from error
+        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+            raise LissomError(
+                f"the model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
+                "one image in and one tensor of answers out is what can be exported"
+            )
+        graph.reshape({graph.inputs[0]: list(key)})
+        known[key] = graph, module_paths(program)
+    return known[key]
+
+
+def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The decomposition that the converter applies itself, made here so that its node names are ours to read."""
+    from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+    from torch.export.decomp_utils import CustomDecompTable
+
+    table = CustomDecompTable()
+    for operator in ops_to_not_decompose():
+        table.pop(operator, None)
+    return program.run_decompositions(table)
+
+
+def ignored_nodes(graph: Any, nodes: dict[str, str], precision: Precision) -> list[str]:
+    """Friendly names of the operations that the policy leaves in float."""
+    products = precision.options.get("products", 8)
+    ignored = []
+    for node in graph.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind in ("Constant", "Parameter", "Result"):
+            continue
+        name = node.get_friendly_name()
+        path = nodes.get(name.partition("/")[0])
+        outside = path is not None and precision.at(path) != 8
+        product = products != 8 and (kind == "ScaledDotProductAttention" or (kind == "MatMul" and not _weighted(node)))
+        if outside or product:
+            ignored.append(name)
+    return ignored
+
+
+def _weighted(node: Any) -> bool:
+    """Whether one of a MatMul's operands is a constant (perhaps behind a conversion or a fake quantisation)."""
+    for value in node.input_values():
+        source = value.get_node()
+        while source.get_type_name() in ("Convert", "FakeQuantize", "Reshape", "Transpose"):
+            source = source.input_value(0).get_node()
+        if source.get_type_name() == "Constant":
+            return True
+    return False
+
+
+def quantise(graph: Any, nodes: dict[str, str], precision: Precision, calibration: np.ndarray, batch: int) -> Any:
+    """NNCF's post-training quantisation of the converted graph, following the policy.
+
+    ``precision.options``: ``model_type`` ("transformer" or None), ``products`` (8 or 32: matrix products of two
+    activations), ``preset`` ("mixed" or None).
+    """
+    with quiet():
+        import nncf
+
+        ignored = ignored_nodes(graph, nodes, precision)
+        kinds = {"transformer": nncf.ModelType.TRANSFORMER, None: None}
+        try:
+            return nncf.quantize(
+                graph,
+                nncf.Dataset(list(_batches(calibration, batch))),
+                model_type=kinds[precision.options.get("model_type")],
+                ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None,
+                subset_size=max(1, len(calibration) // batch),
+            )
+        except Exception as error:  # NNCF raises its own kinds
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LissomError(f"NNCF cannot quantise the graph: {first}") from error
+
+
+def _batches(inputs: np.ndarray, batch: int) -> Iterable[np.ndarray]:
+    for start in range(0, len(inputs) - batch + 1, batch):
+        yield inputs[start : start + batch]

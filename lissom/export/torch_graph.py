@@ -1,0 +1,119 @@
+"""PyTorch back end: a program saved by torch.export, run as it is or through torch.compile."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lissom.errors import LissomError
+from lissom.registry import register
+from lissom.runtime.backends import Answer, missing
+
+__all__ = ["TorchGraph"]
+
+OPTIONS = {"compile", "dtype", "device"}
+
+
+@register("backend", "torch")
+class TorchGraph:
+    """A ``.pt2`` file. Options: ``compile`` (run through torch.compile, compiled here and now), ``dtype``
+    (``float32`` or ``bfloat16``: weights and inputs are converted, answers are float32), ``device`` (``cpu``,
+    ``cuda:0``).
+
+    The number of threads is PyTorch's own setting for the whole process.
+    """
+
+    def __init__(self, path: Path | None, options: dict[str, Any], threads: int) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise missing("torch") from error
+        if unknown := set(options) - OPTIONS:
+            raise LissomError(f"the PyTorch back end takes no option {', '.join(sorted(unknown))}")
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        name = options.get("dtype", "float32")
+        if name not in dtypes:
+            raise LissomError(f"the PyTorch back end computes in {' or '.join(dtypes)}, not in {name!r}")
+        torch.set_num_threads(threads)
+        self.torch = torch
+        self.dtype = dtypes[name]
+        self.device = torch.device(options.get("device", "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise LissomError("PyTorch sees no GPU on this machine")
+        self.gpu: str | None = None
+        if self.device.type == "cuda":
+            self.gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        program, shape = _load(torch, path)
+        module = program.to(device=self.device)
+        self.module = module.to(self.dtype) if "dtype" in options else module
+        if options.get("compile"):
+            self.module = torch.compile(self.module)
+            try:
+                self.run(np.zeros(shape, np.float32))
+            except Exception as error:  # a missing C++ compiler, or any fault of code generation
+                reason = str(error).strip().splitlines()
+                raise LissomError(f"torch.compile fails on this model: {reason[0] if reason else error!r}") from error
+
+    def run(self, x: np.ndarray) -> Answer:
+        x = x if x.flags.writeable else x.copy()  # PyTorch has no read-only tensors
+        with self.torch.inference_mode():
+            answers = self.module(self.torch.from_numpy(x).to(self.device, self.dtype))
+            if not isinstance(answers, tuple | list):
+                return self._numpy(answers)
+            return self._numpy(answers[0]) if len(answers) == 1 else [self._numpy(a) for a in answers]
+
+    def _numpy(self, answer: Any) -> np.ndarray:
+        floating = answer.is_floating_point()
+        return (answer.to("cpu", self.torch.float32) if floating else answer.cpu()).numpy()
+
+
+def _load(torch: Any, path: Path | None) -> tuple[Any, tuple[int, ...]]:
+    """The program's module, and the shape of its input."""
+    if path is None:
+        return torch.nn.ReLU(), (1, 1)
+    _refuse_code(torch, path)
+    try:
+        program = torch.export.load(str(path))
+        (name,) = program.graph_signature.user_inputs
+        (node,) = (node for node in program.graph.nodes if node.name == name)
+        # Guards are code in the file; what they guard, the input's shape, is checked before.
+        return program.module(check_guards=False), tuple(node.meta["val"].shape)
+    except Exception as error:  # torch.export raises anything from KeyError to AssertionError on a damaged file
+        reason = str(error).strip().splitlines()
+        raise LissomError(f"PyTorch cannot open {path}: {reason[0] if reason else type(error).__name__}") from error
+
+
+def _refuse_code(torch: Any, path: Path) -> None:
+    """Raise LissomError where a ``.pt2`` file holds pickles or expressions that torch.export.load would execute.
+
+    It falls back to full unpickling wherever an archive asks for it, so that an archive must not ask.
+    """
+    refused = LissomError(f"{path} holds code that PyTorch would execute on loading; export the model anew")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+            inside = {name: name.split("/", 1)[-1] for name in names}
+            if not any(name.startswith("models/") for name in inside.values()):
+                raise LissomError(f"{path} is no program saved by torch.export of this version")
+            for member, name in inside.items():
+                if name.startswith(("data/weights/", "data/constants/")):
+                    if name.endswith(".pt"):
+                        raise refused
+                    if name.endswith(".json"):
+                        for payload in json.loads(archive.read(member))["config"].values():
+                            objects = payload["path_name"].startswith(("custom_obj", "opaque_obj"))
+                            if objects or payload["use_pickle"]:
+                                raise refused
+                elif name.startswith("data/sample_inputs/"):
+                    torch.load(io.BytesIO(archive.read(member)), weights_only=True)
+                elif name.startswith("models/") and b'"expr_str"' in archive.read(member):
+                    raise refused
+    except LissomError:
+        raise
+    except Exception as error:  # torn archives, bad JSON, pickles of anything but tensors
+        raise LissomError(f"{path} is damaged, or holds code that PyTorch would execute on loading") from error

@@ -1,0 +1,181 @@
+"""``load(artifact)``: an artifact as a function, from arrays to answers or from images to classes.
+
+NumPy and the artifact's runtime are enough; images also need Pillow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lissom.errors import LissomError
+from lissom.images import Preprocessing
+from lissom.runtime.artifact import Artifact
+from lissom.runtime.backends import Answer, Stages
+
+__all__ = ["Prediction", "Predictor", "load"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an artifact says of one image: the best class, its confidence (softmax), and the stage that answered.
+
+    ``image`` names the image: its path, or ``image 3`` for the fourth that came without a name. ``ranking`` holds
+    (class name, confidence) of the best classes, best first.
+    """
+
+    image: str
+    label: int
+    name: str
+    confidence: float
+    exit: int
+    ranking: tuple[tuple[str, float], ...]
+
+
+def load(artifact: str | Path, threads: int | None = None) -> Predictor:
+    """Open an artifact's folder for use, on ``threads`` threads (None: all that this process may use).
+
+    Raises LissomError where the folder is no artifact, was altered since its export, or its runtime is not installed.
+    """
+    opened = Artifact.open(artifact)
+    _verify(opened)
+    return Predictor(opened, threads)
+
+
+class Predictor:
+    """An opened artifact. ``classes`` are the names of its outputs, ``recipe`` is how it was made."""
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        self.artifact = artifact
+        self.classes: tuple[str, ...] = tuple(artifact.plan.get("classes") or ())
+        self.recipe: str = artifact.plan.get("recipe", "")
+        self._stages = Stages(artifact, threads)
+        self._batch, *self._shape = artifact.input_shape
+        self._preprocessing = _preprocessing(artifact)
+
+    def __call__(self, x: np.ndarray) -> Answer:
+        """The artifact's answers to float32 (n, C, H, W): (n, ...), or a list of such where it has several outputs.
+
+        Any n will do, though the artifact's own batch is static. ``x`` is left as it is. Raises LissomError where
+        ``x`` has another shape or holds whole numbers (pixels: ``predict`` prepares them).
+        """
+        x = np.asarray(x)
+        if x.ndim != 1 + len(self._shape) or list(x.shape[1:]) != self._shape:
+            one = " (one input is x[None])" if list(x.shape) == self._shape else ""
+            want = ", ".join(str(size) for size in self._shape)
+            raise LissomError(f"the artifact takes inputs of shape (n, {want}), not {x.shape}{one}")
+        if not np.issubdtype(x.dtype, np.floating):
+            raise LissomError(f"the artifact takes prepared float32 inputs, not {x.dtype}; predict() prepares images")
+        answers = []
+        for start in range(0, max(1, len(x)), self._batch):
+            part = x[start : start + self._batch]
+            if len(part) < self._batch:
+                part = np.concatenate([part, np.zeros((self._batch - len(part), *self._shape), part.dtype)])
+            answers.append(self._stages.run(np.ascontiguousarray(part, np.float32)))
+        if isinstance(answers[0], list):
+            return [np.concatenate(parts)[: len(x)] for parts in zip(*answers, strict=True)]
+        return np.concatenate(answers)[: len(x)]
+
+    def prepare(self, image: Any) -> np.ndarray:
+        """One image (path, bytes, uint8 (H, W) or (H, W, C), or a Pillow image) as this artifact's float32 (C, H, W).
+
+        Raises LissomError where it is no readable image, or the artifact was exported for tensors.
+        """
+        if self._preprocessing is None:
+            raise LissomError(
+                f"{self.artifact.path} does not say how images become its inputs, because it was exported for tensors; "
+                "call it with float32 arrays"
+            )
+        if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):
+            raise LissomError(f"an image array is uint8 (H, W) or (H, W, C), not {image.dtype} {image.shape}")
+        return self._preprocessing(image)
+
+    def predict(self, images: Iterable[Any], top: int = 1) -> list[Prediction]:
+        """Classify images (see ``prepare``), a batch at a time; ``top`` classes in each ranking.
+
+        Raises LissomError, with the image's name, where one cannot be read.
+        """
+        predictions: list[Prediction] = []
+        for chunk in _chunks(images, self._batch):
+            names = [self._name(image, len(predictions) + i) for i, image in enumerate(chunk)]
+            inputs = []
+            for name, image in zip(names, chunk, strict=True):
+                try:
+                    inputs.append(self.prepare(image))
+                except LissomError as error:
+                    raise LissomError(f"{name}: {error}") from error
+            predictions += self.read(self(np.stack(inputs)), names, top)
+        return predictions
+
+    def read(self, answers: Answer, names: list[str], top: int = 1) -> list[Prediction]:
+        """Answers (n, classes) as predictions for the images of those names."""
+        scores = answers[0] if isinstance(answers, list) else answers
+        if scores.ndim != 2:
+            raise LissomError(f"the artifact answers {scores.shape[1:]} an input, which is not one score a class")
+        exponents = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
+        shares = exponents / exponents.sum(-1, keepdims=True)
+        predictions = []
+        for name, share in zip(names, shares, strict=True):
+            order = np.argsort(-share, kind="stable")[: max(1, top)]
+            ranking = tuple((self._class(int(label)), float(share[label])) for label in order)
+            label = int(order[0])
+            last = len(self._stages.graphs) - 1
+            predictions.append(Prediction(name, label, ranking[0][0], ranking[0][1], last, ranking))
+        return predictions
+
+    def _class(self, label: int) -> str:
+        return str(self.classes[label]) if label < len(self.classes) else str(label)
+
+    @staticmethod
+    def _name(image: Any, index: int) -> str:
+        return str(image) if isinstance(image, str | Path) else f"image {index}"
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _verify(artifact: Artifact) -> None:
+    """Raise LissomError where a file of the artifact is not the one that was exported."""
+    files = artifact.plan["files"]
+    for graph in artifact.graphs:
+        if str(graph.relative_to(artifact.path)) not in files:
+            raise LissomError(f"{artifact.path} does not vouch for its graph {graph.name}; export it anew")
+    for name, expected in files.items():
+        path = artifact.path / name
+        if not path.resolve().is_relative_to(artifact.path.resolve()):
+            raise LissomError(f"{artifact.path} names a file outside itself: {name}")
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise LissomError(f"{artifact.path} lacks its file {name}; export it anew") from error
+        if digest.hexdigest() != expected:
+            raise LissomError(f"{path} was altered since its export; export it anew")
+
+
+def _preprocessing(artifact: Artifact) -> Preprocessing | None:
+    fields = artifact.plan["input"].get("preprocessing")
+    if fields is None:
+        return None
+    try:
+        made = Preprocessing.from_json(fields)
+        shape = (made.channels, made.height, made.width)
+        # The name of the filter and the sizes are tried out now, not on a user's first image.
+        fits = shape == artifact.input_shape[1:] and math.prod(shape) > 0
+        if not fits or made.normalise(made.pixels(np.zeros((2, 2), np.uint8))[None]).shape[1:] != shape:
+            raise ValueError(f"it prepares {shape}")
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise LissomError(f"the preprocessing in {artifact.path}/plan.json is damaged ({error})") from error
+    return made

@@ -1,0 +1,788 @@
+"""The main job: from a model, its data and a budget to the cheapest model that keeps its quality, with proof.
+
+This is the one place that composes search, export, meters and report.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import shutil
+import time as clock
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lissom.data.sources import read
+from lissom.errors import LissomError, NotApplicable
+from lissom.export.exporting import export_plan, run_artifact
+from lissom.export.plan import Plan
+from lissom.meters.costs import layer_costs, total
+from lissom.meters.devices import meter_for
+from lissom.meters.measurement import Measurement, Meter
+from lissom.meters.profiling import profile
+from lissom.models.factory import Loaded, load_model, num_outputs, with_head
+from lissom.registry import parts
+from lissom.report.card import card
+from lissom.report.page import write_report
+from lissom.runtime.artifact import Artifact, write_atomic
+from lissom.runtime.backends import Stages, inspect
+from lissom.runtime.target import RUNTIMES, Target, default_threads
+from lissom.search.budget import Budget, check_direction
+from lissom.search.choosing import pareto, rank
+from lissom.search.proposals import propose
+from lissom.search.runs import Run
+from lissom.search.trials import Metrics, Trial
+from lissom.tasks.classification import make_task
+from lissom.tasks.task import Task
+from lissom.techniques.recipe import Recipe
+from lissom.training.loop import FitEvent, fit
+from lissom.usercode import is_reference, load_function
+
+__all__ = ["Best", "Event", "Result", "slim"]
+
+CALIBRATION = 300  # images: NNCF's own default
+VERIFICATION = 32  # real images on which an export is compared with its model
+DEMO_EPOCHS = 10
+DEMO_BUDGET = "latency<=0.7x, drop<=2.0"
+DEFAULT_BUDGET = "drop<=1.0"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of progress. ``kind``: ``stage`` (a new part of the work), ``epoch``, ``trial`` (one is about to start)
+    or ``done`` (one is finished: ``trial``). ``left`` is an estimate in seconds, None where there is none."""
+
+    kind: str
+    text: str
+    number: int = 0
+    of: int = 0
+    trial: Trial | None = None
+    best: Trial | None = None
+    left: float | None = None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The winner: its recipe's text, its metrics (quality on ``report``) and its artifact's folder."""
+
+    recipe: str
+    metrics: Metrics
+    artifact: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``slim`` found. ``pareto`` holds the trials that no other beats; ``report`` is the page's path.
+
+    ``met``: every limit of the budget holds on the ``report`` split. ``json`` is what result.json holds.
+    """
+
+    best: Best
+    pareto: tuple[Trial, ...]
+    trials: tuple[Trial, ...]
+    report: Path
+    met: bool
+    folder: Path
+    json: dict[str, Any]
+
+    @property
+    def artifact(self) -> Path:
+        return self.best.artifact
+
+
+def slim(
+    model: str | nn.Module | None = None,
+    data: Any = None,
+    *,
+    task: str | Task | None = None,
+    budget: str | None = None,
+    techniques: str | Sequence[str] | None = None,
+    recipe: str | Path | Recipe | None = None,
+    trials: int = 12,
+    time: float | None = None,
+    runtime: str = "openvino",
+    device: str = "cpu",
+    batch: int = 1,
+    threads: int | None = None,
+    train: int | None = None,
+    arch: str | None = None,
+    weights: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    progress: Callable[[Event], None] | None = None,
+    meter: Meter | None = None,
+    command: str = "",
+) -> Result:
+    """Find the cheapest form of a model that keeps its quality within a budget on a device.
+
+    ``model``: a timm name, a weight file with ``arch``, ``file.py:function``, or an ``nn.Module``. ``data``:
+    ``digits``, a folder of images, a Parquet folder, ``file.py:function``, or data sets (see lissom.data.sources).
+    Without both, a small ViT is trained on scikit-learn's digits. ``task``: a ``Task``, or ``file.py:function``
+    that takes the data set and returns one, for losses and metrics of your own.
+
+    ``budget`` as in lissom.search.budget (default: one point of drop). ``techniques`` limits the search to some,
+    ``recipe`` applies one recipe without a search. ``trials`` and ``time`` (minutes) bound the search. ``train``
+    epochs of training come first where the model arrives untrained. ``weights`` is a weight file, or ``pretrained``
+    for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one. ``meter`` replaces
+    the device's own.
+
+    Raises LissomError for bad input; a technique that fails becomes a row of the result instead.
+    """
+    if runtime not in RUNTIMES:
+        raise LissomError(f"there is no runtime {runtime!r}; known: {', '.join(RUNTIMES)}")
+    if batch < 1 or (threads is not None and threads < 1) or trials < 1 or (train is not None and train < 0):
+        raise LissomError("batch, threads and trials are at least 1, and train is not negative")
+    demo = model is None and data is None and task is None
+    if demo:
+        model, data = "digits_vit", "digits"
+        train = DEMO_EPOCHS if train is None else train
+        budget = DEMO_BUDGET if budget is None else budget
+    if model is None:
+        raise LissomError("there is no MODEL: give a timm name, a weight file with --arch, or file.py:function")
+    if data is None and not isinstance(task, Task):
+        raise LissomError("there is no --data: give a folder of images, a Parquet folder, digits, or file.py:function")
+    limits = Budget.parse(DEFAULT_BUDGET if budget is None else budget)
+    check_direction(limits)
+    names = _technique_names(techniques)
+    given = None if recipe is None else Recipe.of(recipe)
+    target = Target(runtime, device, batch, threads or default_threads())
+    folder = Path(out) if out is not None else _new_folder()
+    job = _Job(limits, names, given, target, trials, time, seed, folder, resume, progress, command)
+    return job.run(model, data, task, train or 0, arch, weights, meter or meter_for(device))
+
+
+def _technique_names(techniques: str | Sequence[str] | None) -> tuple[str, ...]:
+    known = [part.name for part in parts("technique")]
+    if techniques is None:
+        return tuple(known)
+    if isinstance(techniques, str):
+        techniques = [name.strip() for name in techniques.split(",") if name.strip()]
+        unknown = [name for name in techniques if name not in known]
+        if unknown or not techniques:
+            raise LissomError(f"there is no technique {', '.join(unknown) or 'named'}; known: {', '.join(known)}")
+    return tuple(dict.fromkeys(techniques))
+
+
+def _new_folder() -> Path:
+    """runs/1, runs/2, ...: the first that is free."""
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / str(n)).exists())
+
+
+class _Job:
+    """One call of ``slim``: its settings, and what is known so far."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        techniques: tuple[str, ...],
+        given: Recipe | None,
+        target: Target,
+        trials: int,
+        minutes: float | None,
+        seed: int,
+        folder: Path,
+        resume: bool,
+        progress: Callable[[Event], None] | None,
+        command: str,
+    ) -> None:
+        self.budget, self.techniques, self.given, self.target = budget, techniques, given, target
+        self.most, self.minutes, self.seed, self.command = trials, minutes, seed, command
+        self.folder, self.resume = folder, resume
+        self.progress = progress or (lambda event: None)
+        self.begun = clock.monotonic()
+        self.warnings: list[str] = []
+
+    # The path of a run, from top to bottom.
+
+    def run(
+        self, model: Any, data: Any, task: Any, train: int, arch: str | None, weights: str | None, meter: Meter
+    ) -> Result:
+        self.stage("reading model and data")
+        self.meter = meter
+        capabilities = meter.capabilities(self.target.runtime)
+        self.target = replace(self.target, capabilities=frozenset(capabilities["precisions"]))
+        loaded = self.prepare(model, data, task, train, arch, weights)
+        with Run(self.folder, self.settings(loaded, data, train, weights), self.resume) as run:
+            self.on = run
+            self.train(loaded.model, train)
+            self.plan = Plan.of(loaded.model.eval())
+            self.read_splits()
+            self.search()
+            winner, ablation = self.without_each(self.shoot_out())
+            return self.conclude(winner, ablation, loaded, capabilities)
+
+    def prepare(self, model: Any, data: Any, task: Any, train: int, arch: str | None, weights: str | None) -> Loaded:
+        """Model and task. Everything that the user may have got wrong is found out here, before the first trial."""
+        source = None if data is None else read(data)
+        model = copy.deepcopy(model) if isinstance(model, nn.Module) and train else model  # the user's stays as it is
+        classes = len(source.classes) if source is not None else len(task.classes)
+        loaded = load_model(model, arch=arch, weights=weights, num_classes=classes if train and classes else None)
+        if not loaded.trained and not train:
+            raise LissomError(
+                f"{loaded.name} comes without trained weights: give --weights FILE, --weights pretrained "
+                "(fetched from timm's hub), or --train EPOCHS"
+            )
+        if isinstance(task, Task):
+            self.task = task
+        elif task is not None:
+            if not is_reference(str(task)):
+                raise LissomError(
+                    f"--task {task!r} is not of the form file.py:function; classification needs no --task"
+                )
+            made = load_function(str(task))(source)
+            if not isinstance(made, Task):
+                raise LissomError(f"{task} returned a {type(made).__name__}, not a lissom.Task")
+            self.task = made
+        else:
+            assert source is not None
+            self.task = make_task(
+                source, preprocessing=loaded.preprocessing(source.image_size), trained_here=bool(train), seed=self.seed
+            )
+        if self.task.kind == "classification":
+            if train and loaded.trained and num_outputs(loaded.model, self.task.shape) != classes:
+                loaded = replace(loaded, model=with_head(loaded.model, classes, self.seed))
+            self.task.check_outputs(num_outputs(loaded.model, self.task.shape))
+        if train and self.task.fit is None:
+            raise LissomError("there is nothing to train on: the data have no train/ split")
+        self.data_name = source.name if source is not None else self.task.name
+        return loaded
+
+    def settings(self, loaded: Loaded, data: Any, train: int, weights: str | None) -> dict[str, Any]:
+        """What decides a run's trials: a resumed one must have the same."""
+        return {
+            "model": loaded.name,
+            # Random initial weights differ from process to process; what training makes of them is kept in the run.
+            "weights": "trained in the run" if train else _weights_hash(loaded.model),
+            "data": self.data_name,
+            "train": train,
+            "budget": self.budget.text,
+            "techniques": list(self.techniques),
+            "recipe": None if self.given is None else str(self.given),
+            "runtime": self.target.runtime,
+            "device": self.target.device,
+            "batch": self.target.batch,
+            "threads": self.target.threads,
+            "seed": self.seed,
+        }
+
+    def train(self, model: nn.Module, epochs: int) -> None:
+        """Train the baseline where asked, once: a resumed run loads what training left."""
+        if not epochs:
+            return
+        from safetensors.torch import load_file, save_file
+
+        path = self.folder / "baseline.safetensors"
+        if path.exists():
+            model.load_state_dict(load_file(path))
+            return
+        self.stage(f"training the baseline, {epochs} epochs")
+
+        def report(event: FitEvent) -> None:
+            quality = "" if event.quality is None else f", {self.task.metric} {event.quality:.1f} %"
+            left = event.seconds * (event.epochs - event.epoch)
+            text = f"epoch {event.epoch} of {event.epochs}: loss {event.loss:.3f}{quality}"
+            self.progress(Event("epoch", text, event.epoch, event.epochs, left=left))
+
+        fit(
+            model,
+            self.task,
+            epochs=epochs,
+            seed=self.seed,
+            folder=self.folder / "training",
+            resume=(self.folder / "training").exists(),
+            progress=report,
+            threads=default_threads(),
+        )
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, self.folder / ".baseline.safetensors")
+        os.replace(self.folder / ".baseline.safetensors", path)
+        shutil.rmtree(self.folder / "training")
+
+    def read_splits(self) -> None:
+        """The inputs the trials need, decoded once."""
+        self.stage("decoding images")
+        task = self.task
+        source = task.fit if task.fit is not None and len(task.fit) else task.choose
+        few = source.sample(CALIBRATION, self.seed)
+        self.calibration = few.inputs(slice(0, len(few)))
+        self.choose = task.choose.inputs(slice(0, len(task.choose)))
+        self.verify = self.choose[:VERIFICATION]
+        self.layers = [cost.to_json() for cost in layer_costs(self.plan.model, task.shape)]
+        skipped = [*few.skipped, *task.choose.skipped]
+        if skipped:
+            names = ", ".join(f"{name} ({reason})" for name, reason in skipped[:5])
+            self.warnings.append(f"{len(skipped)} images could not be read and were left out: {names}")
+
+    def search(self) -> None:
+        """Trials until their number, the time or the space is exhausted."""
+        self.stage("measuring")
+        self.targets: np.ndarray | None = None
+        while True:
+            proposal = self.next_proposal()
+            if proposal is None:
+                break
+            role, recipe = proposal
+            self.trial(role, recipe)
+
+    def next_proposal(self) -> tuple[str, Recipe] | None:
+        searched = [t for t in self.on.trials if not t.role.startswith("without")]
+        if self.given is not None:
+            first = [("baseline", Recipe()), ("plain int8", _plain_int8()), ("given", self.given)]
+            return first[len(searched)] if len(searched) < len(first) else None
+        random = sum(t.role == "random" for t in searched)
+        if random and (len(searched) >= self.most or self.out_of_time()):
+            return None
+        proposal = propose(self.seed, searched, self.techniques, self.plan, self.target, self.best())
+        # The first trials are always made; only then do the number and the time decide.
+        over = len(searched) >= self.most or self.out_of_time()
+        return None if proposal is not None and proposal[0] == "random" and over else proposal
+
+    def out_of_time(self) -> bool:
+        """Whether another trial would not fit: a quarter of the time is kept for the final measurements."""
+        if self.minutes is None:
+            return False
+        longest = max((t.seconds for t in self.on.trials), default=0.0)
+        return clock.monotonic() - self.begun + longest > 0.75 * 60 * self.minutes
+
+    def find(self, role: str, recipe: Recipe) -> Trial | None:
+        return next((t for t in self.on.trials if t.role == role and t.recipe == str(recipe)), None)
+
+    @property
+    def baseline(self) -> Trial:
+        return self.on.trials[0]
+
+    def best(self) -> Trial | None:
+        """The best searched trial so far; None before there is one."""
+        if not self.on.trials:
+            return None
+        searched = [t for t in self.on.trials if not t.role.startswith("without")]
+        return rank(searched, self.budget, self.baseline.metrics)[0]
+
+    # One trial.
+
+    def trial(self, role: str, recipe: Recipe) -> Trial:
+        """Make, measure and record one trial. What fails becomes a row, except a full disk and the user's own stop."""
+        number = len(self.on.trials)
+        text = str(recipe) or "the model as it is, in float32"
+        left = self.time_left(number)
+        self.progress(
+            Event("trial", f"{role}: {text}", number + 1, max(self.most, number + 1), best=self.best(), left=left)
+        )
+        started = clock.monotonic()
+        blank = Trial(number, role, str(recipe), "ok")
+        try:
+            trial = self.measure_recipe(blank, recipe)
+        except NotApplicable as error:
+            trial = replace(blank, status="not applicable", reason=str(error))
+        except Exception as error:  # whatever a technique, an exporter or a runtime raises is that trial's reason
+            self.stop_on_full_disk(error)
+            if role == "baseline":
+                raise LissomError(f"the model as it is cannot be measured: {_reason(error)}") from error
+            trial = replace(blank, status="failed", reason=_reason(error))
+        trial = replace(trial, seconds=round(clock.monotonic() - started, 2))
+        try:
+            self.on.add(trial)
+        except OSError as error:
+            self.stop_on_full_disk(error)
+            raise
+        self.progress(Event("done", text, number + 1, max(self.most, number + 1), trial, self.best(), left))
+        return trial
+
+    def time_left(self, number: int) -> float | None:
+        spent = [t.seconds for t in self.on.trials if t.seconds]
+        if not spent:
+            return None
+        estimate = (self.most - number) * sum(spent) / len(spent)
+        if self.minutes is not None:
+            estimate = min(estimate, 60 * self.minutes - (clock.monotonic() - self.begun))
+        return max(0.0, estimate)
+
+    def stop_on_full_disk(self, error: BaseException) -> None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # The runtimes and exporters say it in words of their own: ask the disk.
+        if full or shutil.disk_usage(self.folder).free < 2**20:
+            raise LissomError(
+                f"the disk that holds {self.folder} is full; free some space, then go on with --resume"
+            ) from error
+
+    def measure_recipe(self, blank: Trial, recipe: Recipe) -> Trial:
+        """Every setting of the undecided knobs, exported and measured side by side; the best one stays."""
+        recipe.check(self.plan, self.target)
+        settings = _settings(recipe, self.plan, self.target)
+        known = {t.resolved: t for t in self.on.trials if t.ok}
+        made: dict[str, tuple[Artifact, Metrics]] = {}
+        failures: list[tuple[str, Exception]] = []
+        notes: tuple[str, ...] = ()
+        for n, setting in enumerate(settings):
+            if str(setting) in known:
+                continue
+            try:
+                plan = setting.apply(self.plan, self.task, self.target)
+                artifact = self.export(plan, setting, f"{blank.number:03d}-{n}")
+                made[str(setting)] = artifact, self.quality(artifact, plan)
+                notes = plan.notes
+            except NotApplicable:
+                raise
+            except Exception as error:
+                self.stop_on_full_disk(error)
+                failures.append((str(setting), error))
+        if not made and failures:
+            raise failures[0][1]
+        rows = self.measure_all(made, blank)
+        rows += [replace(known[str(s)], number=blank.number) for s in settings if str(s) in known]
+        base = rows[0].metrics if blank.role == "baseline" else self.baseline.metrics
+        winner = rank(rows, self.budget, base)[0]
+        remarks = [f"{text} failed: {_reason(error)}" for text, error in failures]
+        if len(rows) > 1:
+            remarks += [f"{row.resolved}: {_in_words(row.metrics)}" for row in rows]
+        for row in rows:
+            if row is not winner and row.artifact.startswith(f"{_ARTIFACTS}/{blank.number:03d}-"):
+                shutil.rmtree(self.folder / row.artifact)
+        return replace(blank, resolved=winner.resolved, metrics=winner.metrics, artifact=winner.artifact,
+                       notes=(*notes, *remarks))  # fmt: skip
+
+    def export(self, plan: Plan, recipe: Recipe, name: str) -> Artifact:
+        return export_plan(
+            plan,
+            self.target,
+            self.on.artifact(name),
+            shape=self.task.shape,
+            calibration=self.calibration,
+            recipe=str(recipe),
+            classes=self.task.classes,
+            preprocessing=self.task.preprocessing,
+            verify=self.verify,
+            layers=self.layers,
+        )
+
+    def quality(self, artifact: Artifact, plan: Plan) -> Metrics:
+        """Quality on ``choose``, by the artifact itself; and what needs no clock: size, parameters, operations."""
+        outputs = run_artifact(artifact, self.choose, self.target.threads)
+        if self.targets is None:
+            self.targets = self.task.targets(self.task.choose, self.original_outputs(outputs))
+        quality = self.task.quality(outputs, self.targets)
+        params, macs = total(plan.model, self.task.shape)
+        base = quality.value if not self.on.trials else self.baseline.metrics.quality
+        return Metrics(
+            quality=quality.value,
+            quality_ci=(quality.low, quality.high),
+            drop=None if base is None else base - quality.value,
+            size_mb=artifact.size / 1e6,
+            params=params,
+            macs=macs,
+        )
+
+    def original_outputs(self, outputs: np.ndarray) -> np.ndarray:
+        """The baseline's answers on ``choose``: those at hand while the baseline itself is measured."""
+        if not self.on.trials:
+            return outputs
+        return run_artifact(self.open(self.baseline), self.choose, self.target.threads)
+
+    def open(self, trial: Trial) -> Artifact:
+        return Artifact.open(self.folder / trial.artifact)
+
+    def measure_all(self, made: Mapping[str, tuple[Artifact, Metrics]], blank: Trial) -> list[Trial]:
+        if not made:
+            return []
+        artifacts = [artifact for artifact, _ in made.values()]
+        reference = [] if blank.role == "baseline" else [self.open(self.baseline)]
+        measured = self.meter.measure([*reference, *artifacts], threads=self.target.threads, seconds=1.0)
+        rows = []
+        for (text, (artifact, metrics)), cost in zip(made.items(), measured[len(reference) :], strict=True):
+            path = str(artifact.path.relative_to(self.folder))
+            rows.append(replace(blank, resolved=text, metrics=_with_cost(metrics, cost), artifact=path))
+        return rows
+
+    # After the search.
+
+    def shoot_out(self) -> Trial:
+        """The most promising trials and plain int8, measured once more side by side; the best of them."""
+        ranked = rank(
+            [t for t in self.on.trials if not t.role.startswith("without")], self.budget, self.baseline.metrics
+        )
+        if self.given is not None:
+            chosen = [t for t in self.on.trials if t.role == "given" and t.ok]
+            if not chosen:
+                failed = next(t for t in self.on.trials if t.role == "given")
+                raise LissomError(f"the recipe {failed.recipe} is {failed.status}: {failed.reason}")
+            return chosen[0]
+        finalists = _distinct([*ranked[:3], *(t for t in ranked if t.role == "plain int8")])
+        if len(finalists) == 1:
+            return finalists[0]
+        self.stage("measuring the finalists side by side")
+        again = self.remeasure(finalists)
+        return rank(again, self.budget, self.baseline.metrics)[0]
+
+    def remeasure(self, trials: Sequence[Trial], seconds: float = 2.0) -> list[Trial]:
+        """The same trials with the costs of a new, longer measurement against the baseline."""
+        artifacts = [self.open(self.baseline), *(self.open(t) for t in trials)]
+        measured = self.meter.measure(artifacts, threads=self.target.threads, seconds=seconds)
+        return [replace(t, metrics=_with_cost(t.metrics, c)) for t, c in zip(trials, measured[1:], strict=True)]
+
+    def without_each(self, winner: Trial) -> tuple[Trial, list[dict[str, Any]]]:
+        """Never slower: take each technique out of the winner in turn; what pays no measured time is removed."""
+        rows: list[dict[str, Any]] = []
+        if self.given is not None:
+            return winner, rows
+        for technique in Recipe.parse(winner.resolved).techniques:
+            recipe = Recipe.parse(winner.resolved)
+            own = next(t for t in recipe.techniques if t.name == technique.name)
+            less = recipe.without(own)
+            role = f"without {technique.name}"
+            self.stage(f"measuring the winner {role}")
+            other = self.baseline if not len(less) else self.find(role, less) or self.trial(role, less)
+            row: dict[str, Any] = {"technique": str(own), "role": role, "ratio": None, "ratio_ci": None}
+            if not other.ok:
+                rows.append({**row, "kept": True, "reason": f"without it the model cannot be measured: {other.reason}"})
+                continue
+            pair = [self.open(winner), self.open(other)]
+            first, second = self.meter.measure(pair, threads=self.target.threads, seconds=2.0, memory=False)
+            low, high = (1 / second.speedup_ci[1], 1 / second.speedup_ci[0]) if second.speedup_ci else (1.0, 1.0)
+            row |= {"ratio": 1 / (second.speedup or 1.0), "ratio_ci": [low, high]}
+            row |= {"with_ms": first.latency_ms, "without_ms": second.latency_ms}
+            pays, needed = low > 1, self.needed(winner, other)
+            if pays or needed:
+                reason = "pays in measured time" if pays else f"pays no time, but without it {needed}"
+                rows.append({**row, "kept": True, "reason": reason})
+            else:
+                reason = f"removed: the model is not slower without it ({row['ratio']:.2f}x, {low:.2f} to {high:.2f})"
+                rows.append({**row, "kept": False, "reason": reason})
+                winner = other
+        return winner, rows
+
+    def needed(self, winner: Trial, other: Trial) -> str:
+        """Why a technique that saves no time must stay: the limit that fails without it; "" where none does."""
+        base = self.baseline.metrics
+        for limit in self.budget.limits:
+            if limit.holds(winner.metrics, base) and not limit.holds(other.metrics, base):
+                return f"{limit.text} does not hold"
+        if self.budget.cost not in ("latency", "p95", "throughput"):
+            price = [getattr(t.metrics, f"{self.budget.cost}_mb", None) for t in (winner, other)]
+            if None not in price and price[0] < price[1]:
+                return f"the {self.budget.cost} grows from {price[0]:.2f} to {price[1]:.2f} MB"
+        return ""
+
+    def conclude(
+        self, winner: Trial, ablation: list[dict[str, Any]], loaded: Loaded, capabilities: dict[str, Any]
+    ) -> Result:
+        """The final measurement and the one reading of ``report``; result.json, the page, the cards."""
+        self.stage("final measurement")
+        plain = next((t for t in self.on.trials if t.role == "plain int8" and t.ok), None)
+        finalists = _distinct([winner, *([plain] if plain else [])])
+        measured = self.final(finalists)
+        if self.given is None and len(measured) > 2:
+            # The last word on "never slower than plain int8" is this measurement, the longest of the run.
+            winner = rank([*measured[1:]], self.budget, measured[0].metrics)[0]
+        else:
+            winner = measured[1] if len(measured) > 1 else measured[0]
+        plain = next((t for t in measured if plain and t.resolved == plain.resolved), None)
+        base = measured[0]
+        peers = self.peers()
+        qualities = self.report_qualities([t for t in (base, winner, plain) if t is not None])
+        final = {t.number: replace(t, metrics=replace(t.metrics, **qualities[t.number])) for t in measured
+                 if t.number in qualities}  # fmt: skip
+        reference = final[base.number].metrics
+        metrics = final[winner.number].metrics
+        artifact = self.open(winner).with_metrics(metrics.to_json())
+        met = self.budget.met(metrics, reference)
+        trials = self.on.trials
+        front = pareto([t for t in trials if t.ok], self.budget.cost, self.baseline.metrics)
+        result: dict[str, Any] = {
+            "model": loaded.name,
+            "data": self.data_name,
+            "task": {
+                "kind": self.task.kind,
+                "metric": self.task.metric,
+                "classes": len(self.task.classes),
+                "splits": {
+                    "fit": len(self.task.fit) if self.task.fit is not None else 0,
+                    "choose": len(self.task.choose),
+                    "report": len(self.task.report),
+                },
+            },
+            "target": {k: v for k, v in asdict(self.target).items() if k != "capabilities"},
+            "baseline": reference.to_json(),
+            "plain_int8": (
+                {"recipe": plain.resolved, "metrics": final[plain.number].metrics.to_json()} if plain else None
+            ),
+            "peers": peers,
+            "best": {
+                "recipe": winner.resolved,
+                "trial": winner.number,
+                "metrics": metrics.to_json(),
+                "artifact": str(artifact.path),
+            },
+            "pareto": front,
+            "trials": [t.to_json() for t in trials],
+            "ablation": ablation,
+            "budget": self.budget.to_json(metrics, reference),
+            "met": met,
+            "profile": self.profiles(base, winner),
+            "verification": self.verification(winner),
+            "warnings": self.warnings,
+            "environment": {**capabilities, "versions": _versions()},
+            "command": self.command,
+            "seed": self.seed,
+            "seconds": round(clock.monotonic() - self.begun, 1),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        write_atomic(self.folder / "result.json", json.dumps(result, indent=1))
+        write_atomic(artifact.path / "card.md", card(result, artifact.plan))
+        report = write_report(self.folder, result)
+        return Result(
+            Best(winner.resolved, metrics, artifact.path),
+            tuple(t for t in trials if t.number in front),
+            tuple(trials),
+            report,
+            met,
+            self.folder,
+            result,
+        )
+
+    def final(self, finalists: Sequence[Trial]) -> list[Trial]:
+        """Baseline first, then the finalists that are not the baseline, measured together at length."""
+        others = [t for t in finalists if t.number != self.baseline.number]
+        artifacts = [self.open(self.baseline), *(self.open(t) for t in others)]
+        measured = self.meter.measure(artifacts, threads=self.target.threads, seconds=3.0)
+        first = replace(measured[0], speedup=1.0, speedup_ci=(1.0, 1.0))
+        return [
+            replace(t, metrics=_with_cost(t.metrics, cost))
+            for t, cost in zip([self.baseline, *others], [first, *measured[1:]], strict=True)
+        ]
+
+    def report_qualities(self, trials: Sequence[Trial]) -> dict[int, dict[str, Any]]:
+        """Quality, interval and drop on ``report`` by trial number; the baseline comes first. Read once, here."""
+        split = self.task.report
+        inputs = split.inputs(slice(0, len(split)))
+        if split.skipped:
+            self.warnings.append(f"{len(split.skipped)} images of the report split could not be read and were left out")
+        answers = {t.number: run_artifact(self.open(t), inputs, self.target.threads) for t in trials}
+        targets = self.task.targets(split, answers[trials[0].number])
+        found = {number: self.task.quality(outputs, targets) for number, outputs in answers.items()}
+        base = found[trials[0].number].value
+        return {
+            number: {"quality": q.value, "quality_ci": (q.low, q.high), "drop": base - q.value}
+            for number, q in found.items()
+        }
+
+    def peers(self) -> list[dict[str, Any]]:
+        """What else a user could do with the model: PyTorch eager and torch.compile, each against the baseline."""
+        rows = []
+        for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
+            self.stage(f"measuring {name}")
+            row: dict[str, Any] = {"name": name, "status": "ok", "reason": "", "metrics": Metrics().to_json()}
+            try:
+                artifact = self.peer(compiled)
+                artifacts = [self.open(self.baseline), artifact]
+                cost = self.meter.measure(artifacts, threads=self.target.threads, seconds=1.5)[1]
+                row["metrics"] = _with_cost(Metrics(size_mb=artifact.size / 1e6), cost).to_json()
+            except Exception as error:  # a peer that does not run here is a row, as a trial is
+                self.stop_on_full_disk(error)
+                row |= {"status": "failed", "reason": _reason(error)}
+            rows.append(row)
+        return rows
+
+    def peer(self, compiled: bool) -> Artifact:
+        path = self.on.artifact("torch-compiled" if compiled else "torch-eager")
+        artifact = export_plan(self.plan, replace(self.target, runtime="torch"), path, shape=self.task.shape)
+        if compiled:
+            artifact.plan["stages"][0]["options"]["compile"] = True
+            artifact = artifact.with_metrics({})
+        return artifact
+
+    def profiles(self, base: Trial, winner: Trial) -> dict[str, Any] | None:
+        """Where the time goes, before and after; None where the device or the runtime tells no layer times."""
+        if self.target.device != "cpu" or self.target.runtime != "openvino":
+            return None
+        self.stage("profiling")
+        try:
+            return {
+                name: profile(self.open(t), threads=self.target.threads).to_json()
+                for name, t in (("before", base), ("after", winner))
+            }
+        except LissomError as error:
+            self.warnings.append(f"no profile: {error}")
+            return None
+
+    def verification(self, winner: Trial) -> list[dict[str, Any]]:
+        rows = []
+        for name, trial in (("baseline", self.baseline), ("best", winner)):
+            artifact = self.open(trial)
+            fallbacks, conversions = _inspect(artifact, self.target.threads)
+            checked = artifact.plan.get("verification", {})
+            rows.append({"artifact": name, **checked, "fallbacks": fallbacks, "conversions": conversions})
+        return rows
+
+    def stage(self, text: str) -> None:
+        self.progress(Event("stage", text))
+
+
+_ARTIFACTS = "artifacts"
+
+
+def _plain_int8() -> Recipe:
+    from lissom.techniques.int8 import Int8
+
+    return Recipe((Int8.plain(),))
+
+
+def _settings(recipe: Recipe, plan: Plan, target: Target) -> list[Recipe]:
+    """The recipe with every undecided knob settled, in every combination."""
+    choices = [technique.variants(plan, target) for technique in recipe.techniques]
+    return [Recipe(tuple(chosen)) for chosen in itertools.product(*choices)]
+
+
+def _with_cost(metrics: Metrics, cost: Measurement) -> Metrics:
+    """The metrics with a measurement's figures in place of the former ones."""
+    return replace(metrics, **asdict(cost))
+
+
+def _in_words(metrics: Metrics) -> str:
+    speed = "" if metrics.speedup is None else f"{metrics.speedup:.2f}x as fast as the baseline, "
+    return f"{speed}quality {metrics.quality:.2f}"
+
+
+def _distinct(trials: Sequence[Trial]) -> list[Trial]:
+    """The first trial of each resolved recipe."""
+    return list({t.resolved: t for t in reversed(trials)}.values())[::-1]
+
+
+def _reason(error: BaseException) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first if isinstance(error, LissomError) else f"{type(error).__name__}: {first}"
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _inspect(artifact: Artifact, threads: int) -> tuple[list[str], list[str]]:
+    """Operators that run as a slow reference form, and conversions between them, where the runtime tells."""
+    found = [inspect(graph) for graph in Stages(artifact, threads).graphs]
+    told = [each for each in found if each is not None]
+    return [name for each in told for name in each.reference], [name for each in told for name in each.conversions]
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("lissom", "torch", "timm", "openvino", "nncf", "onnxruntime", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

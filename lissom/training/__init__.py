@@ -1,0 +1,1 @@
+"""Training: ``fit``, a loop to read from top to bottom, and the methods that plug into it."""

@@ -1,0 +1,1 @@
+"""Methods: changes to how a model is trained, one file each."""

@@ -1,0 +1,44 @@
+"""Method: a change to how a model is trained; its fields are its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lissom.errors import LissomError
+from lissom.registry import load_part
+from lissom.tasks.task import Task
+
+__all__ = ["Method", "method_of"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are its settings, with the paper's defaults.
+
+    A field may be a module (a teacher); ``fit`` never trains it. Random numbers come from torch's global generator,
+    which ``fit`` seeds anew every epoch: then a resumed run repeats exactly.
+    """
+
+    def prepare(self, model: nn.Module, task: Task) -> None:
+        """Called once before training, the model on the processor. Raises LissomError where this cannot work."""
+
+    def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor | None, task: Task) -> torch.Tensor:
+        """The scalar to minimise. inputs (B, C, H, W); targets int64 (B,), or None where the data have no labels."""
+        raise NotImplementedError
+
+    def parameters(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Which of the model's parameters this method trains: all of them."""
+        return model.parameters()
+
+
+def method_of(method: str | Method) -> Method:
+    """The method itself, or the registered one of that name with its defaults. Raises LissomError for another name."""
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise LissomError(f"a method is a name or a Method, not {type(method).__name__}")
+    return load_part("method", method)()

@@ -1,0 +1,41 @@
+"""Augmentation: the draws say exactly what happens to each image."""
+
+from __future__ import annotations
+
+import torch
+
+from lissom.training.augmentation import augment_images, draw
+
+
+def test_each_image_is_shifted_and_mirrored_as_drawn():
+    images = torch.arange(2 * 3 * 16 * 24, dtype=torch.float32).reshape(2, 3, 16, 24)
+    margin = 2  # an eighth of 16
+    still = torch.tensor([margin, margin])
+    no, yes = torch.tensor([False, False]), torch.tensor([False, True])
+    assert torch.equal(augment_images(images, (still, still, no)), images)
+    mirrored = augment_images(images, (still, still, yes))
+    assert torch.equal(mirrored[0], images[0])
+    assert torch.equal(mirrored[1], images[1].flip(-1))
+    moved = augment_images(images, (torch.tensor([margin + 2, margin]), torch.tensor([margin, margin - 1]), no))
+    assert torch.equal(moved[0, :, :-2], images[0, :, 2:])
+    assert torch.equal(moved[0, :, -1], images[0, :, -1])  # the edge is repeated
+    assert torch.equal(moved[1, :, :, 1:], images[1, :, :, :-1])
+
+
+def test_draws_cover_their_range_and_depend_on_the_generator_alone():
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    down, right, mirrored = draw(2000, 32, 32, True, generator(1))
+    assert set(down.tolist()) == set(right.tolist()) == set(range(9))
+    assert 0.4 < mirrored.double().mean() < 0.6
+    torch.manual_seed(123)
+    again = draw(2000, 32, 32, False, generator(1))
+    assert torch.equal(again[0], down)
+    assert torch.equal(again[1], right)
+    assert not again[2].any()
+
+
+def test_small_images_pass():
+    images = torch.rand(3, 1, 4, 4)
+    assert torch.equal(augment_images(images, draw(3, 4, 4, False, torch.Generator())), images)
