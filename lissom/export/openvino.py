@@ -6,6 +6,7 @@ MatMul"), which knows its module; so a policy keyed by module path reaches the g
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,8 +50,18 @@ def export_openvino(
             raise LissomError("int8 needs images to calibrate on; the task has none to fit")
         graph = quantise(graph, nodes, precision, calibration, target.batch)
     options = {"precision": "bf16"} if precision.options.get("float_bits") == 16 else {"precision": "f32"}
+    _name_by_place(graph)
     ov.save_model(graph, str(folder / "stage0.xml"), compress_to_fp16=False)
     return Exported([{"graph": "stage0.xml", "options": options}], nodes)
+
+
+def _name_by_place(graph: Any) -> None:
+    """Give the nodes that OpenVINO named by a counter of the process ("Constant_90995") names by their place, so that
+    the same model gives the same file, byte for byte, in whatever process it is exported."""
+    graph.set_friendly_name("model")
+    for place, node in enumerate(graph.get_ordered_ops()):
+        if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}_{place}")
 
 
 def _convert(model: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
@@ -72,6 +83,7 @@ def _convert(model: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[Any,
                 "one image in and one tensor of answers out is what can be exported"
             )
         graph.reshape({graph.inputs[0]: list(key)})
+        _restore_names(graph, program)
         known[key] = graph, module_paths(program)
     return known[key]
 
@@ -85,6 +97,34 @@ def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     for operator in ops_to_not_decompose():
         table.pop(operator, None)
     return program.run_decompositions(table)
+
+
+# Words in the names of torch's operators that multiply by weights or multiply activations.
+_PRODUCTS = ("conv", "linear", "mm", "matmul", "attention", "einsum")
+
+
+def _restore_names(graph: Any, program: torch.export.ExportedProgram) -> None:
+    """Give the nodes that the converter merged, and renamed, the name of the torch.export node they stem from.
+
+    A convolution takes the name of the scale that is folded into it: none of torch's for a BatchNorm
+    ("Multiply_5134"), that of the product for a layer scale. Names of its output tensor stay, and from there the way
+    leads back to the convolution, whose module a policy and a profile mean.
+    """
+    known = {node.name: node for node in program.graph.nodes if node.op == "call_function"}
+    for node in graph.get_ordered_ops():
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        if kind in ("Constant", "Parameter", "Result"):
+            continue
+        tensors = sorted(tensor.partition(":")[0] for output in node.outputs() for tensor in output.get_names())
+        named = next((known[n] for n in (name.partition("/")[0], *tensors) if n in known), None)
+        source = named
+        if kind in ("Convolution", "GroupConvolution", "MatMul"):
+            while source is not None and not any(word in str(source.target) for word in _PRODUCTS):
+                before = source.args[0] if source.args else None
+                source = known.get(getattr(before, "name", ""))
+        source = source or named
+        if source is not None and source.name != name.partition("/")[0]:
+            node.set_friendly_name(f"{source.name}/{name}")
 
 
 def ignored_nodes(graph: Any, nodes: dict[str, str], precision: Precision) -> list[str]:

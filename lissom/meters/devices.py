@@ -78,20 +78,24 @@ class SshMeter:
         self, artifacts: Sequence[Artifact], *, threads: int, seconds: float = 2.0, memory: bool = True
     ) -> list[Measurement]:
         self._copy(artifacts)
-        folders = [f"{CACHE}/{artifact.digest}" for artifact in artifacts]
+        names = {artifact.digest: str(artifact.path) for artifact in artifacts}
         try:
-            return _measurements(self._bench(_options(folders, threads, seconds, memory)))
+            options = _options([artifact.digest for artifact in artifacts], threads, seconds, memory)
+            return _measurements(self._bench(options))
         except LissomError as error:
             # The user knows the artifact by its own name, not by that of its copy.
-            message = str(error)
-            for artifact in artifacts:
-                message = re.sub(rf"\S*/lissom/artifacts/{artifact.digest}", str(artifact.path), message)
-            raise LissomError(message.replace("does not run here", f"does not run on {self.host}")) from error
+            message = str(error).replace("does not run here", f"does not run on {self.host}")
+            raise LissomError(re.sub("|".join(names), lambda found: names[found[0]], message)) from error
 
     def _bench(self, options: Sequence[str]) -> dict[str, Any]:
-        words = [shlex.quote(self.python), "-P", "-m", "lissom.runtime.bench"]
-        words += [option if option.startswith(CACHE) else shlex.quote(option) for option in options]
-        return _document(self._shell(" ".join(words), codes=(0, 2)), self.host)
+        """What bench prints there, in the folder of the copies."""
+        python = self.python.removeprefix("~/")
+        program = shlex.quote(python)
+        if "/" in python and not python.startswith("/"):
+            program = f'"$HOME"/{program}'
+        words = shlex.join(["-P", "-m", "lissom.runtime.bench", *options])
+        script = f"mkdir -p {CACHE} && cd {CACHE} && {program} {words}"
+        return _document(self._shell(script, codes=(0, 2)), self.host)
 
     def _copy(self, artifacts: Sequence[Artifact]) -> None:
         """Bring those artifacts over that are not there yet, whole or not at all; forget the oldest."""
@@ -144,7 +148,10 @@ def _packed(artifact: Artifact) -> bytes:
         for name in ("plan.json", *artifact.plan["files"]):
             if not (artifact.path / name).resolve().is_relative_to(artifact.path.resolve()):
                 raise LissomError(f"{artifact.path} names a file outside itself: {name}")
-            archive.add(artifact.path / name, name, recursive=False)
+            try:
+                archive.add(artifact.path / name, name, recursive=False)
+            except OSError as error:
+                raise LissomError(f"{artifact.path} lacks its file {name}; export it anew") from error
     return buffer.getvalue()
 
 

@@ -9,9 +9,10 @@ The bandwidth is that of a copy between buffers several times the last-level cac
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lissom.runtime.target import default_threads
 
 __all__ = ["kernel_bits", "measure_bandwidth", "measure_machine"]
 
-SECONDS = 0.4  # a graph, and the copy
+SECONDS = 0.25  # a graph, and the copy
 LAYERS = 4  # in a chain, so that what happens at its ends matters little
 MULTIPLIES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "i8": 8, "u8": 8}
@@ -42,7 +43,7 @@ def measure_machine(runtime: str = "openvino", bits: int = 32, threads: int | No
     if bits not in (32, 16, 8):
         raise LissomError(f"there are no kernels of {bits} bits to measure; give 32, 16 or 8")
     threads = threads or default_threads()
-    rates = {name: rate for name, build in _GRAPHS.items() if (rate := _rate(build, bits, threads)) is not None}
+    rates = _rates(bits, threads)
     if not rates:
         raise LissomError(f"{runtime} has no kernels of {bits} bits on this processor")
     best = max(rates, key=lambda name: rates[name])
@@ -61,7 +62,8 @@ def measure_bandwidth(threads: int, seconds: float = SECONDS) -> tuple[float, in
     source, copy = np.ones(size // 8), np.zeros(size // 8)  # written, so that their pages exist
     parts = list(zip(np.array_split(source, threads), np.array_split(copy, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:  # NumPy copies outside the interpreter's lock
-        best = _best(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)), seconds)
+        copying = {"copy": lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))}
+        best = _best(copying, seconds)["copy"]
     return 2 * source.nbytes / best, source.nbytes
 
 
@@ -71,39 +73,43 @@ def kernel_bits(kernel: str) -> int | None:
     return _BITS[match[1]] if match else None
 
 
-def _best(run: Callable[[], Any], seconds: float) -> float:
-    """The shortest time of ``run`` within ``seconds``, at least three runs: a peak is a maximum."""
-    times: list[float] = []
+def _best(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """The shortest time of each run, in turns for ``seconds`` in all, at least three times: a peak is a maximum."""
+    best = dict.fromkeys(runs, float("inf"))
     end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < end:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+        rounds += 1
+    return best
 
 
-def _rate(build: Callable[[int, int], tuple[Any, float]], bits: int, threads: int) -> float | None:
-    """Operations a second of a graph; None where the runtime does not run it in ``bits``."""
+def _rates(bits: int, threads: int) -> dict[str, float]:
+    """Operations a second of each graph that the runtime runs in ``bits``."""
+    core = import_openvino().Core()
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if bits == 16 else "f32",
     }
-    model, ops = build(threads, bits)
-    compiled = import_openvino().Core().compile_model(model, "CPU", options)
-    infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
-    kernels = [info["primitiveType"].astype(str) for info in infos if info["layerType"].astype(str) in MULTIPLIES]
-    if not kernels or any(kernel_bits(kernel) != bits for kernel in kernels):
-        return None
-    request = compiled.create_infer_request()
-    x = np.random.default_rng(0).random(tuple(model.inputs[0].shape), np.float32)
-    request.infer([x], share_inputs=True)
-    return ops / _best(lambda: request.infer([x], share_inputs=True), SECONDS)
+    runs, ops = {}, {}
+    for name, build in _GRAPHS.items():
+        model, ops[name] = build(threads, bits)
+        compiled = core.compile_model(model, "CPU", options)
+        infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+        kernels = [info["primitiveType"].astype(str) for info in infos if info["layerType"].astype(str) in MULTIPLIES]
+        if kernels and all(kernel_bits(kernel) == bits for kernel in kernels):
+            x = np.random.default_rng(0).random(tuple(model.inputs[0].shape), np.float32)
+            runs[name] = functools.partial(compiled.create_infer_request().infer, [x], share_inputs=True)
+    return {name: ops[name] / seconds for name, seconds in _best(runs, SECONDS * len(runs)).items()}
 
 
 def _chain(x: Any, weight_shape: tuple[int, ...], layer: Callable[[Any, Any], Any], bits: int) -> Any:
-    """``LAYERS`` times the layer and a ReLU, in 8 bits with the fake quantisation that the runtime turns into kernels."""
+    """``LAYERS`` times the layer and a ReLU; for 8 bits with the fake quantisation that makes the runtime use them."""
     import openvino as ov
     from openvino import opset13 as op
 
@@ -114,7 +120,7 @@ def _chain(x: Any, weight_shape: tuple[int, ...], layer: Callable[[Any, Any], An
     generator = np.random.default_rng(0)
     y = x
     for _ in range(LAYERS):
-        weight = op.constant(generator.normal(0, 0.01, weight_shape).astype(np.float32))
+        weight = op.constant(0.02 * generator.random(weight_shape, np.float32) - 0.01)
         y = layer(quantised(y, 0, 2.55, 256), quantised(weight, -0.0254, 0.0254, 255))
         y = op.relu(y)
     return ov.Model([y], [x], "peak")
@@ -144,12 +150,16 @@ def _products(rows: int, width: int) -> Callable[[int, int], tuple[Any, float]]:
     return build
 
 
-# Enough work for every thread: the batch grows with their number.
+# Enough work for every thread: the batch grows with their number. Short graphs too, because one that takes a few
+# milliseconds finds an undisturbed moment on a busy machine, and long ones, because wide units need them.
 _GRAPHS = {
-    "3x3 convolution, 64 channels": _convolutions(56, 64, 3),
-    "3x3 convolution, 128 channels": _convolutions(28, 128, 3),
-    "1x1 convolution, 256 channels": _convolutions(28, 256, 1),
-    "matrix product, 1024 wide": _products(256, 1024),
+    "3x3 convolution, 64 channels, 28x28": _convolutions(28, 64, 3),
+    "3x3 convolution, 64 channels, 56x56": _convolutions(56, 64, 3),
+    "3x3 convolution, 128 channels, 28x28": _convolutions(28, 128, 3),
+    "1x1 convolution, 256 channels, 14x14": _convolutions(14, 256, 1),
+    "1x1 convolution, 256 channels, 28x28": _convolutions(28, 256, 1),
+    "matrix product, 128 x 512 x 512": _products(128, 512),
+    "matrix product, 256 x 1024 x 1024": _products(256, 1024),
 }
 
 

@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["UNATTRIBUTED", "LayerProfile", "Profile", "profile"]
 
 UNATTRIBUTED = "(unattributed)"
+NAMED = 3  # rows that a warning names
 SECONDS = 1.0  # of running, once for the latency and once for the layers' times
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer's cost and time. ``bytes`` and ``intensity`` (operations a byte) are at ``bits``, the precision it ran in.
+    """One layer's cost and time. ``bytes`` and ``intensity`` (operations a byte) are at ``bits``, those it ran in.
 
     ``ms`` is None where the runtime ran no node of its own for the layer; ``inside`` then names the layer whose kernel
     did its work. ``efficiency`` is measured, ``roofline`` the most it could be, ``bound`` what limits it ("memory" or
@@ -123,10 +124,11 @@ class Profile:
         header = ("layer", "kind", "bits", "MACs", "bytes", "op/byte", "ms", "share", "efficiency", "roofline", "bound")
         table = [header, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        words = {0, 1, len(header) - 1}
         lines = [
-            "  ".join(c.ljust(w) if i in (0, 1, 10) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in table
-        ]  # fmt: skip
+            "  ".join(line[i].ljust(w) if i in words else line[i].rjust(w) for i, w in enumerate(widths))
+            for line in table
+        ]
         lines.insert(1, "-" * sum((*widths, 2 * len(widths) - 2)))
         shape = "x".join(map(str, self.shape))
         lines += [
@@ -178,6 +180,8 @@ def profile(
     """
     artifact = _as_artifact(model)
     if artifact is not None:
+        if shape is not None or batch != 1:
+            raise LissomError(f"{artifact.path} has a shape and a batch of its own; leave them out")
         costs = [LayerCost.from_json(fields) for fields in artifact.plan.get("layers", [])]
         if not costs or not artifact.plan.get("nodes"):
             raise LissomError(f"{artifact.path} does not say what its layers cost; profile the model it came from")
@@ -237,11 +241,11 @@ def _profile(
     rows = _rows(costs, work, machines)
     computing = [cost for cost in costs if cost.macs]
     line = waterline(computing, [machines[cost.bits] for cost in computing])
-    warnings = [f"{row.path}: {row.warning}" for row in rows if row.warning]
+    warnings = _warnings(rows)
     if latency < line.bound_s:
         warnings.append(
-            f"the model runs in {1000 * latency:.3f} ms, faster than its bound of {1000 * line.bound_s:.3f} ms: its data "
-            "stay in the caches, which the bound does not know, or the peak was measured while the machine was busy"
+            f"the model runs in {1000 * latency:.3f} ms, faster than its bound of {1000 * line.bound_s:.3f} ms: its "
+            "data stay in the caches, which the bound does not know, or the peak was measured on a busy machine"
         )
     return Profile(
         name,
@@ -360,13 +364,27 @@ def _rows(costs: Sequence[LayerCost], work: _Work, machines: Mapping[int, Machin
     return rows
 
 
+ABOVE_PEAK = "above 1: its kernel beats the graphs that the peak was measured with"
+ABOVE_ROOFLINE = "above its roofline: its data stay in the caches"
+
+
 def _doubt(reached: float, most: float) -> str | None:
     """What to think of an efficiency above what theory allows."""
     if reached > 1:
-        return f"efficiency {reached:.2f} is above 1: its kernel beats the graphs that the peak was measured with"
-    if reached > 1.05 * most:
-        return f"efficiency {reached:.2f} is above its roofline {most:.2f}: its data stay in the caches"
-    return None
+        return ABOVE_PEAK
+    return ABOVE_ROOFLINE if reached > 1.05 * most else None
+
+
+def _warnings(rows: Sequence[LayerProfile]) -> list[str]:
+    """One sentence a kind of doubt, with the rows that it is about."""
+    sentences = []
+    for doubt in (ABOVE_PEAK, ABOVE_ROOFLINE):
+        found = sorted((row for row in rows if row.warning == doubt), key=lambda row: -(row.efficiency or 0))
+        if found:
+            named = ", ".join(f"{row.path} {row.efficiency:.1%}" for row in found[:NAMED])
+            more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+            sentences.append(f"efficiency {doubt} ({named}{more})")
+    return sentences
 
 
 def _cells(row: LayerProfile) -> tuple[str, ...]:

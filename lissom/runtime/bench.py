@@ -144,7 +144,7 @@ def bench(
     of ``meters.measurement.Measurement``. Raises LissomError where an artifact does not run.
     """
     threads = threads or default_threads()
-    jobs = [(str(a.path), {"artifact": str(a.path.resolve()), "threads": threads}) for a in artifacts]
+    jobs = [(str(a.path), {"artifact": str(a.path), "threads": threads}) for a in artifacts]
     with _workers(jobs) as workers:
         times = _interleave(workers, seconds)
         rows = [_row(a, t, times[0]) for a, t in zip(artifacts, times, strict=True)]

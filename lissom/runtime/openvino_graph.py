@@ -64,8 +64,10 @@ class OpenVinoGraph:
             self.compiled = openvino.Core().compile_model(model, "CPU", config)
             self.request = self.compiled.create_infer_request()
         except RuntimeError as error:
-            reason = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise LissomError(f"OpenVINO cannot open {path}: {reason[-1] if reason else 'no reason given'}") from error
+            # The last line is the reason; what precedes it is where in OpenVINO's source.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[-1].split(" Please check")[0] if lines else "no reason given"
+            raise LissomError(f"OpenVINO cannot open {path}: {reason}") from error
 
     def run(self, x: np.ndarray) -> Answer:
         result = self.request.infer({0: x}, share_inputs=True, share_outputs=True)

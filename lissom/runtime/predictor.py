@@ -6,7 +6,6 @@ NumPy and the artifact's runtime are enough; images also need Pillow.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -171,11 +170,14 @@ def _preprocessing(artifact: Artifact) -> Preprocessing | None:
         return None
     try:
         made = Preprocessing.from_json(fields)
+        # Tried out now, not on a user's first image, and without Pillow, which only images need.
         shape = (made.channels, made.height, made.width)
-        # The name of the filter and the sizes are tried out now, not on a user's first image.
-        fits = shape == artifact.input_shape[1:] and math.prod(shape) > 0
-        if not fits or made.normalise(made.pixels(np.zeros((2, 2), np.uint8))[None]).shape[1:] != shape:
-            raise ValueError(f"it prepares {shape}")
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        known = made.interpolation in ("bicubic", "bilinear") and made.resize in ("crop", "squash") and made.crop > 0
+        if not known or shape != artifact.input_shape[1:]:
+            raise ValueError(f"{made}")
+        prepared = made.normalise(np.zeros((1, made.height, made.width, made.channels), np.uint8))
+        if prepared.shape[1:] != shape or not np.isfinite(prepared).all():
+            raise ValueError(f"{made}")
+    except (AttributeError, TypeError, ValueError) as error:
         raise LissomError(f"the preprocessing in {artifact.path}/plan.json is damaged ({error})") from error
     return made

@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from lissom.errors import LissomError
 
-__all__ = ["CHECKPOINT", "check_settings", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT", "check_settings", "load_checkpoint", "save_checkpoint", "write_file"]
 
 CHECKPOINT = "last.ckpt"
 FORMAT = 1
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, text, lists, dicts) to the folder. Raises LissomError where it has no room."""
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all, and to the disk. Raises LissomError where there is no room or no right."""
     temporary = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{CHECKPOINT}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            torch.save({"lissom": FORMAT, **state}, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / CHECKPOINT)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         # torch's writer reports a full disk as RuntimeError, a folder that cannot be written as OSError.
         if isinstance(error, OSError | RuntimeError):
-            reason = str(error).splitlines()[0]
-            raise LissomError(f"the checkpoint cannot be written to {folder}: {reason}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise LissomError(f"{path} cannot be written: {reason}") from error
         raise
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, text, lists, dicts) to the folder."""
+    write_file(folder / CHECKPOINT, lambda file: torch.save({"lissom": FORMAT, **state}, file))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

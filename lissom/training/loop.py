@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from lissom.tasks.task import Quality, Split, Task, batches
 from lissom.training.augmentation import augment_images, draw
 from lissom.training.checkpoint import CHECKPOINT, check_settings, load_checkpoint, save_checkpoint
 from lissom.training.methods.base import Method, method_of
+from lissom.usercode import load_function
 
 __all__ = ["FitEvent", "FitResult", "evaluate", "fit"]
 
@@ -479,6 +482,10 @@ def _train_in_processes(fabric: Fabric, run: _Run, progress: Callable[[FitEvent]
 
     import torch.multiprocessing as mp
 
+    try:
+        parcel = pickle.dumps(run)
+    except Exception as error:  # a lambda or an open file in the user's own split raises anything
+        raise LissomError(f"the model, the data or the method cannot be sent to several processes: {error}") from error
     events = mp.get_context("spawn").SimpleQueue()
 
     def pass_on() -> None:
@@ -489,7 +496,7 @@ def _train_in_processes(fabric: Fabric, run: _Run, progress: Callable[[FitEvent]
     listener = threading.Thread(target=pass_on, daemon=True)
     listener.start()
     try:
-        outcome = fabric.launch(_in_process, run, events)
+        outcome = fabric.launch(_in_process, _user_files(), parcel, events)
     except LissomError:
         raise
     except Exception as error:
@@ -504,9 +511,18 @@ def _train_in_processes(fabric: Fabric, run: _Run, progress: Callable[[FitEvent]
     return outcome
 
 
-def _in_process(fabric: Fabric, run: _Run, events: Any) -> dict[str, Any]:
+def _user_files() -> list[str]:
+    """A reference to each file of the user's own that was loaded: a spawned process must load them too."""
+    files = [m for name, m in sys.modules.items() if name.startswith("lissom_user_")]
+    return [f"{m.__file__}:{next(n for n, v in vars(m).items() if callable(v))}" for m in files]
+
+
+def _in_process(fabric: Fabric, files: list[str], parcel: bytes, events: Any) -> dict[str, Any]:
     """One spawned process. An error that a user can act on is carried home as text: all processes raise it together."""
     try:
+        for reference in files:
+            load_function(reference)
+        run: _Run = pickle.loads(parcel)  # made by the parent process a moment ago, never read from a file
         outcome = _train(fabric, run, events.put)
     except LissomError as error:
         return {"error": str(error)}

@@ -105,7 +105,7 @@ def test_behind_ssh_artifacts_are_copied_once_and_measured(tmp_path: Path, fake:
     cache = fake / "home" / ".cache" / "lissom" / "artifacts"
     assert sorted(path.name for path in cache.iterdir()) == sorted(artifact.digest for artifact in artifacts)
     assert uploads(fake) == 2
-    check(meter.measure(artifacts, threads=1, seconds=0, memory=False))
+    meter._copy(artifacts)  # type: ignore[attr-defined]
     assert uploads(fake) == 2
     log = (fake / "log").read_text()
     assert "-F none -o BatchMode=yes" in log
@@ -169,6 +169,24 @@ def test_what_a_device_lacks_is_one_sentence(device: Callable[[Path], str], sent
         meter_for(device(fake)).capabilities("openvino")
 
 
+def test_only_whole_artifacts_leave_this_machine(tmp_path: Path, fake: Path) -> None:
+    artifact = build(tmp_path / "a")
+    (tmp_path / "secret").write_text("x")
+    with pytest.raises(LissomError, match="names a file outside itself"):
+        SshMeter("board")._copy([Artifact(artifact.path, {**artifact.plan, "files": {"../secret": "0"}})])
+    (artifact.path / "stage0.bin").unlink()
+    with pytest.raises(LissomError, match=r"lacks its file stage0\.bin"):
+        SshMeter("board")._copy([artifact])
+    assert uploads(fake) == 0
+
+
+@pytest.mark.parametrize("python", ["~/my env/python", "my env/python"])
+def test_a_python_below_the_home_there(python: str, fake: Path) -> None:
+    (fake / "home" / "my env").mkdir()
+    script(fake / "home" / "my env" / "python", 'echo \'{"lissom": 1, "capabilities": {"processors": 3}}\'')
+    assert meter_for(f"ssh://board/python={python}").capabilities("openvino") == {"processors": 3}
+
+
 def test_without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISSOM_SSH", "no-such-ssh")
     with pytest.raises(LissomError, match="no program 'no-such-ssh'"):
@@ -184,7 +202,7 @@ def test_devices_by_name() -> None:
     assert meter_for("ssh://[fe80::1]:22") == SshMeter("fe80::1", 22, "python3")
     # The last is an option to ssh that would run a program here.
     for bad in ("gpu", "ssh://", "ssh://a b", "ssh://board:port", "ssh://board/pip", "ssh://-oProxyCommand=touch"):
-        with pytest.raises(LissomError, match="is not of the form|known: cpu"):
+        with pytest.raises(LissomError, match=r"is not of the form|known: cpu"):
             meter_for(bad)
     with pytest.raises(LissomError, match="is not of the form"):
         meter_for("ssh://-l@board")

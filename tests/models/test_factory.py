@@ -84,16 +84,11 @@ def test_unknown_names_and_arguments():
         load_model("digits_vit", weights="pretrained")
 
 
-def test_an_unreachable_hub_is_one_sentence(tmp_path):
-    code = (
-        "from lissom.models.factory import load_model\nfrom lissom.errors import LissomError\n"
-        "try: load_model('resnet18.a1_in1k', weights='pretrained')\nexcept LissomError as e: print('ONE', e)"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=120
-    )
-    assert done.stdout.startswith("ONE the published weights of resnet18.a1_in1k could not be fetched"), done.stderr
+def test_an_unreachable_hub_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(LissomError, match=r"published weights of resnet18\.a1_in1k could not be fetched \(\w+: .*\)$"):
+        load_model("resnet18.a1_in1k", weights="pretrained")
 
 
 def test_random_weights_are_drawn_from_the_seed_and_leave_the_callers_stream():
@@ -114,7 +109,7 @@ def test_from_published_takes_classes_and_channels_from_the_checkpoint():
 
 def test_from_published_translates_the_publishers_names():
     # ConvNeXt's own names differ from timm's; its file's filter turns one into the other.
-    source = create_model("convnext_atto", num_classes=5).eval()
+    source = create_model("test_convnext", num_classes=5).eval()
     theirs = {}
     for key, value in source.state_dict().items():
         new = key.replace("stages.", "stages.").replace("head.fc.", "head.").replace("head.norm.", "norm.")
@@ -124,7 +119,7 @@ def test_from_published_translates_the_publishers_names():
         new = new.replace(".blocks.", ".").replace("conv_dw", "dwconv").replace("mlp.fc1", "pwconv1")
         theirs[new.replace("mlp.fc2", "pwconv2")] = value
     assert theirs.keys() != source.state_dict().keys()
-    model = from_published("convnext_atto", theirs).eval()
+    model = from_published("test_convnext", theirs).eval()
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(model(x), source(x))
 
@@ -141,7 +136,7 @@ def test_from_published_names_what_does_not_fit():
     assert "1 unknown: extra.weight" in text
     assert "1 of another shape: head.weight is (10, 5), wanted (10, 192)" in text
     assert "\n" not in text
-    with pytest.raises(LissomError, match=r"4\d missing: .*(, .*){7} and \d+ more"):
+    with pytest.raises(LissomError, match=r"54 missing: .*(, .*){7} and \d+ more"):
         from_published("digits_vit", {"pos_embed": torch.zeros(1, 64, 192)})
 
 
@@ -192,7 +187,8 @@ def test_a_wrong_mean_in_a_users_module_file(user):
 
 
 def test_a_hundred_outputs_on_ten_classes(user):
-    loaded, data = load_model(f"{user}:hundred"), read("digits")
+    pictures = np.zeros((40, 8, 8, 3), np.uint8), np.arange(40) % 10
+    loaded, data = load_model(f"{user}:hundred"), read({"val": pictures})
     task = make_task(data, preprocessing=loaded.preprocessing(data.image_size), trained_here=False)
     with pytest.raises(
         LissomError, match="the model has 100 outputs and the data have 10 classes; give a model with 10"
@@ -265,7 +261,7 @@ def test_a_real_user_model():
     loaded = load_model(f"{models}/models.py:cnn", weights=models / "cnn_cifar10.safetensors")
     data = read(Path(os.environ["LISSOM_DATA"]) / "cifar10")
     task = make_task(data, preprocessing=loaded.preprocessing(data.image_size), trained_here=False)
-    sample = task.report.sample(1000, 0)
+    sample = task.report.sample(500, 0)
     with torch.inference_mode():
         outputs = loaded.model(torch.from_numpy(sample.inputs(slice(None)))).numpy()
-    assert abs(task.quality(outputs, sample.labels).value - 86.67) < 3.5  # about 3 standard deviations of 1,000 rows
+    assert abs(task.quality(outputs, sample.labels).value - 86.67) < 4.5  # 3 standard deviations of 500 rows

@@ -155,20 +155,25 @@ def test_a_program_that_holds_code_is_refused_and_not_run(where: str, tmp_path: 
         for name in source.namelist():
             data = source.read(name)
             if where == "sample_inputs" and "sample_inputs" in name:
-                data, hit = pickle.dumps(Bomb(str(planted))), True
+                data, hit = pickle.dumps(Bomb(str(planted)), protocol=2), True
             if where == "weights" and name.endswith("weights_config.json"):
                 config = json.loads(data)
                 config["config"]["weight"]["use_pickle"] = True
                 data, hit = json.dumps(config).encode(), True
             if where == "weights" and name.endswith("weights/weight_0"):
-                data = pickle.dumps(Bomb(str(planted)))
+                data = pickle.dumps(Bomb(str(planted)), protocol=2)
             if where == "legacy" and name.endswith("weights_config.json"):
-                target.writestr(name.replace("model_weights_config.json", "model.pt"), pickle.dumps(Bomb(str(planted))))
+                target.writestr(
+                    name.replace("model_weights_config.json", "model.pt"), pickle.dumps(Bomb(str(planted)), protocol=2)
+                )
                 hit = True
             if where == "object" and name.endswith("constants_config.json"):
                 payload = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": None}
                 data, hit = json.dumps({"config": {"o": payload}}).encode(), True
-                target.writestr(name.replace("model_constants_config.json", "opaque_obj_0"), pickle.dumps(Bomb("x")))
+                target.writestr(
+                    name.replace("model_constants_config.json", "opaque_obj_0"),
+                    pickle.dumps(Bomb(str(planted)), protocol=2),
+                )
             if where == "expression" and name.endswith("models/model.json"):
                 data = data.replace(b'{"as_int": 2}', b'{"as_expr": {"expr_str": "open(1)"}}')
                 hit = b"expr_str" in data

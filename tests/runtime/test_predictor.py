@@ -121,20 +121,24 @@ def test_a_plan_that_points_elsewhere_or_vouches_for_nothing_is_refused(tmp_path
 
 @pytest.mark.parametrize(
     "damage",
-    [{"interpolation": "magic"}, {"height": 5}, {"height": 0}, {"std": None}, {"bogus": 1}, {"mean": [1, 2]}],
+    [{"interpolation": "magic"}, {"height": 5}, {"crop": 0}, {"std": None}, {"bogus": 1}, {"mean": [1, 2]}],
 )
 def test_damaged_preprocessing_is_one_sentence(damage: dict[str, object], make) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(LissomError, match=r"the preprocessing in .* is damaged"):
         lissom.load(make(preprocessing={**PREPARED, **damage}).path)
 
 
-def test_an_artifact_loads_and_answers_without_torch(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+def test_an_artifact_loads_and_answers_without_torch_and_arrays_without_pillow(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
     path = make(preprocessing=PREPARED).path
     Image.fromarray(picture(0)).save(tmp_path / "a.png")
     code = (
         "import sys\n"
-        "for name in ('torch', 'torchvision', 'timm', 'nncf', 'sklearn', 'pyarrow'): sys.modules[name] = None\n"
-        f"import lissom; print(lissom.load({str(path)!r}, threads=1).predict([{str(tmp_path / 'a.png')!r}])[0].name)\n"
+        "for name in ('torch', 'torchvision', 'timm', 'nncf', 'sklearn', 'pyarrow', 'PIL'): sys.modules[name] = None\n"
+        "import lissom, numpy\n"
+        f"predictor = lissom.load({str(path)!r}, threads=1)\n"
+        "assert predictor(numpy.zeros((2, 3, 4, 4), numpy.float32)).shape == (2, 5)\n"
+        "del sys.modules['PIL']\n"
+        f"print(predictor.predict([{str(tmp_path / 'a.png')!r}])[0].name)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert result.returncode == 0, result.stderr

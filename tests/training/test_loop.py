@@ -16,10 +16,13 @@ import pytest
 import torch
 from torch import nn
 
+from lissom.data.splits import ArraySplit
 from lissom.errors import LissomError
+from lissom.tasks.task import Task
 from lissom.training.checkpoint import CHECKPOINT
 from lissom.training.loop import FitEvent, evaluate, fit
 from lissom.training.methods.base import Method
+from lissom.usercode import load_function
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -366,6 +369,10 @@ def test_after_sigkill_the_curve_is_that_of_an_uninterrupted_run(task, network, 
 
 @pytest.mark.full
 def test_two_processes_train_as_one(task, tmp_path):
+    # Data of a class that the processes can import: a test file is none.
+    splits = {name: ArraySplit(name, s.x, s.labels) for name, s in vars(task).items() if hasattr(s, "x")}
+    task = task.with_splits(**splits)
+
     def model() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3))
@@ -378,4 +385,21 @@ def test_two_processes_train_as_one(task, tmp_path):
     assert [h["loss"] for h in two.history] == pytest.approx([h["loss"] for h in one.history], rel=1e-4)
     assert torch.allclose(weights(two.model), weights(one.model), atol=1e-4)
     with pytest.raises(LissomError, match="not finite"):
-        fit(model(), task, devices=2, method="supervised", lr=1e30, clip=None, **settings)
+        fit(model(), task, devices=2, lr=1e30, clip=None, **settings)
+
+
+@pytest.mark.full
+def test_a_users_own_model_trains_in_two_processes(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from torch import nn\n\n\nclass Own(nn.Sequential):\n    pass\n\n\n"
+        "def build():\n    return Own(nn.Flatten(), nn.Linear(64, 3))\n"
+    )
+    model = load_function(f"{file}:build")()
+    x = np.random.default_rng(0).normal(size=(32, 1, 8, 8)).astype(np.float32)
+    split = ArraySplit("all", x, (x.mean((1, 2, 3)) > 0).astype(np.int64))
+    own = Task(fit=split, choose=split, report=split, shape=(1, 8, 8), classes=("a", "b", "c"))
+    before = weights(model)
+    result = fit(model, own, devices=2, epochs=1, batch=16, accelerator="cpu")
+    assert not torch.equal(weights(model), before)
+    assert len(result.history) == 1

@@ -1,0 +1,133 @@
+"""``lissom fit MODEL``: train a network, by itself or from a teacher, resumable after a kill."""
+
+from __future__ import annotations
+
+import typer
+
+
+def fit(
+    model: str = typer.Argument(help="A timm name, a weight file with --arch, or file.py:function."),
+    data: str = typer.Option("digits", help="digits, a folder of images, a Parquet folder, or file.py:function."),
+    method: str = typer.Option("supervised", help="supervised or distillation (lissom list method names them all)."),
+    teacher: str = typer.Option(None, help="The teacher: a timm name, or file.py:function."),
+    teacher_weights: str = typer.Option(None, help="The teacher's weight file."),
+    epochs: int = typer.Option(10, min=1, help="Epochs."),
+    batch: int = typer.Option(64, min=1, help="Samples a step."),
+    lr: float = typer.Option(None, help="Highest learning rate; by default it follows from the batch."),
+    flip: bool = typer.Option(False, "--flip", help="Mirror half of the images: not for digits or text."),
+    out: str = typer.Option(None, help="Folder for weights, history and checkpoint. Default: trained/MODEL."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with an interrupted training in --out."),
+    seed: int = typer.Option(0, help="Seed of every random choice."),
+    weights: str = typer.Option(None, help="A weight file to start from, or 'pretrained' for timm's."),
+    arch: str = typer.Option(None, help="The timm name of a weight file's network."),
+    precision: str = typer.Option("32-true", help="32-true, bf16-mixed or 16-mixed."),
+    devices: str = typer.Option("auto", help="auto (one), or the number of devices, a process each."),
+    threads: int = typer.Option(None, min=1, help="Threads. Default: torch's own choice."),
+    time: float = typer.Option(None, min=0.01, help="Minutes at most; the learning rate falls to zero within them."),
+    as_json: bool = typer.Option(False, "--json", help="Print the history as JSON."),
+) -> None:
+    """Train a model; the weights of the last epoch are written to OUT/model.safetensors.
+
+    Where the model has another number of outputs than the data have classes, it gets a new head. A tenth of the
+    training data is kept out to judge each epoch; the test data are read once, at the end.
+    """
+    import json
+    import warnings
+    from pathlib import Path
+
+    warnings.simplefilter("ignore")  # other libraries' remarks
+    import torch
+    from safetensors.torch import save
+
+    from lissom.cli import console
+    from lissom.data.sources import read
+    from lissom.errors import LissomError
+    from lissom.models.factory import load_model, num_outputs, with_head
+    from lissom.runtime.artifact import write_atomic
+    from lissom.tasks.classification import make_task
+    from lissom.training.checkpoint import write_file
+    from lissom.training.loop import FitEvent, evaluate
+    from lissom.training.loop import fit as train
+    from lissom.training.methods.base import Method, method_of
+    from lissom.training.methods.distillation import Distillation
+
+    remarks = console.remarks()
+    found = read(data)
+    loaded = load_model(model, arch=arch, weights=weights, num_classes=len(found.classes) or None, seed=seed)
+    preprocessing = loaded.preprocessing(found.image_size)
+    trainable = found.train is not None and found.train.labels is not None
+    task = make_task(found, preprocessing=preprocessing, trained_here=trainable, seed=seed)
+    network = loaded.model
+    if found.classes and num_outputs(network, task.shape) != len(found.classes):
+        network = with_head(network, len(found.classes), seed)
+        remarks.print(f"the head is new: {len(found.classes)} outputs")
+
+    chosen: str | Method = method
+    if teacher is not None:
+        if method != "distillation":
+            raise LissomError(f"--teacher is for --method distillation, and the method is {method}")
+        taught = load_model(teacher, weights=teacher_weights)
+        if not taught.trained:
+            raise LissomError(f"the teacher {teacher} has random weights; give its --teacher-weights")
+        if (taught.mean, taught.std) != (loaded.mean, loaded.std):
+            raise LissomError("teacher and model normalise their images differently; give them the same mean and std")
+        chosen = Distillation(teacher=taught.model)
+    elif teacher_weights is not None:
+        raise LissomError("--teacher-weights are given and no --teacher; name the teacher's network too")
+    chosen = method_of(chosen)
+
+    folder = Path(out) if out is not None else Path("trained") / Path(model.rpartition(":")[2]).stem
+
+    def line(event: FitEvent) -> None:
+        quality = "" if event.quality is None else f"  {task.metric} {event.quality:.2f} %"
+        remarks.print(f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}{quality}  {event.seconds:.1f} s")
+
+    result = train(
+        network,
+        task,
+        method=chosen,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        flip=flip,
+        seed=seed,
+        folder=folder,
+        resume=resume,
+        precision=precision,
+        devices=devices,
+        threads=threads,
+        time_limit=None if time is None else 60 * time,
+        progress=line,
+    )
+    if result.stopped == "time":
+        remarks.print(f"the time was up in epoch {len(result.history)} of {epochs}")
+    original = getattr(chosen, "teacher", None)
+    known = task.report.labels is not None or original is not None
+    judged = evaluate(network, task, task.report, original=original) if known else None
+    state = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
+    metadata = {"format": "pt", "network": model, "classes": json.dumps(list(found.classes))}
+    content = save(state, metadata)
+    write_file(folder / "model.safetensors", lambda file: file.write(content))
+    history = {
+        "model": model,
+        "data": data,
+        "metric": task.metric,
+        "history": list(result.history),
+        "best_epoch": result.best_epoch,
+        "report": None if judged is None else {"quality": judged.value, "quality_ci": [judged.low, judged.high]},
+        "weights": str(folder / "model.safetensors"),
+        "seed": seed,
+        "seconds": result.seconds,
+        "stopped": result.stopped,
+        "torch": torch.__version__,
+    }
+    write_atomic(folder / "history.json", json.dumps(history, indent=1))
+    if as_json:
+        print(json.dumps(history, indent=1))
+    else:
+        results = console.results()
+        if judged is not None:
+            results.print(
+                f"{task.metric}: {judged.value:.2f} % ({judged.low:.2f} to {judged.high:.2f}) on held-out data"
+            )
+        results.print(f"weights: {folder / 'model.safetensors'}")

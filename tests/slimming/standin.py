@@ -1,0 +1,117 @@
+"""A deterministic stand-in for the meter, and a small model and task; run as a program, it makes one run.
+
+``python standin.py FOLDER [--resume] [--kill EVENTS] [--after SECONDS]``: kills itself with SIGKILL after so many
+events, or so many seconds.
+"""
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lissom.data.splits import ArraySplit
+from lissom.meters.measurement import Measurement
+from lissom.tasks.task import Task
+
+SHAPE = (3, 12, 12)
+
+
+class StandIn:
+    """Costs drawn from a hash of the recipe; int8 is faster, ``slow`` says which recipes are slower than float32."""
+
+    def __init__(self, slow=lambda recipe: False):
+        self.slow = slow
+        self.measured = []
+
+    def capabilities(self, runtime):
+        return {"cpu": "stand-in", "processors": 2, "flags": [], "precisions": ["fp32", "int8"]}
+
+    def milliseconds(self, artifact):
+        recipe = artifact.plan["recipe"]
+        share = int(hashlib.sha256(recipe.encode()).hexdigest()[:8], 16) / 2**32
+        base = 10.0 if not recipe else 5.0 + share
+        return 14.0 + share if self.slow(recipe) else base
+
+    def measure(self, artifacts, *, threads, seconds=2.0, memory=True):
+        self.measured.append([a.plan["recipe"] for a in artifacts])
+        times = [self.milliseconds(a) for a in artifacts]
+        rows = []
+        for i, ms in enumerate(times):
+            ratio = times[0] / ms
+            ci = (ratio * 0.99, ratio * 1.01) if i else (1.0, 1.0)
+            rows.append(Measurement(ms, 1.2 * ms, 1e3 / ms, ratio, ci, 100.0, 40.0, 90.0))
+        return rows
+
+
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    net[1].running_var.fill_(0.5)
+    net[1].running_mean.fill_(0.1)
+    return net.eval()
+
+
+def task(model, labelled=True):
+    """Data whose labels are the model's own answers, with a tenth of them changed: quality is 90 points."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((240, *SHAPE)).astype(np.float32)
+    with torch.no_grad():
+        y = model(torch.from_numpy(x)).argmax(1).numpy()
+    y[::10] = (y[::10] + 1) % 4
+    parts = {"fit": slice(0, 80), "choose": slice(80, 160), "report": slice(160, 240)}
+    splits = {n: ArraySplit(n, x[s], y[s].astype(np.int64) if labelled else None) for n, s in parts.items()}
+    return Task(**splits, shape=SHAPE, classes=("a", "b", "c", "d"), name="made")
+
+
+def run(folder, **options):
+    """One run of ``slim`` with the stand-in; the profile, which would measure this machine, is left out."""
+    import lissom.slimming as slimming
+
+    slimming._Job.profiles = lambda self, base, winner: None
+    net = model()
+    options.setdefault("trials", 7)
+    options.setdefault("meter", StandIn())
+    options.setdefault("task", task(net))
+    return slimming.slim(net, out=folder, threads=1, budget="latency<=0.7x, drop<=5", **options)
+
+
+def main():
+    events, seconds = None, None
+    words = sys.argv[2:]
+    if "--kill" in words:
+        events = int(words[words.index("--kill") + 1])
+    if "--after" in words:
+        seconds = float(words[words.index("--after") + 1])
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    seen = []
+
+    def progress(event):
+        seen.append(event.kind)
+        if events is not None and len(seen) >= events:
+            die()
+
+    if seconds is not None:
+        threading.Timer(seconds, die).start()
+    run(Path(sys.argv[1]), resume="--resume" in words, progress=progress)
+
+
+if __name__ == "__main__":
+    main()

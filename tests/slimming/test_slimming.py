@@ -1,0 +1,264 @@
+"""The main job with a deterministic stand-in for the meter: rows, never slower, resuming, what a user gets wrong."""
+
+import dataclasses
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import lissom
+from lissom.errors import LissomError
+from lissom.registry import register
+from lissom.runtime.artifact import Artifact
+from lissom.techniques.base import Technique
+
+sys.path.insert(0, str(Path(__file__).parent))
+import standin
+
+PROGRAM = Path(__file__).parent / "standin.py"
+
+
+@register("technique", "slowpoke")
+@dataclass(frozen=True)
+class Slowpoke(Technique):
+    """Planted: changes nothing but the recipe, and the stand-in calls it slow."""
+
+    name: ClassVar[str] = "slowpoke"
+    stage: ClassVar[str] = "structure"
+
+    def apply(self, plan, task):
+        return plan
+
+
+@register("technique", "faulty")
+@dataclass(frozen=True)
+class Faulty(Technique):
+    """Planted: fails in a way of its own."""
+
+    name: ClassVar[str] = "faulty"
+    stage: ClassVar[str] = "structure"
+
+    def apply(self, plan, task):
+        raise ZeroDivisionError("by design")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    meter = standin.StandIn(slow=lambda recipe: recipe == "slowpoke()")
+    return standin.run(
+        tmp_path_factory.mktemp("run") / "r",
+        techniques=("fuse", "int8", "slowpoke", "faulty", "bf16"),
+        trials=10,
+        meter=meter,
+    )
+
+
+def rows(result, role):
+    return [t for t in result.trials if t.role == role]
+
+
+def test_the_first_trials(result):
+    assert [t.role for t in result.trials[:8]] == ["baseline", "plain int8", *["alone"] * 5, "together"]
+    assert [t.recipe for t in rows(result, "alone")] == ["fuse()", "int8()", "slowpoke()", "faulty()", "bf16()"]
+
+
+def test_what_fails_is_a_row_with_its_reason(result):
+    by = {t.recipe: t for t in rows(result, "alone")}
+    assert (by["faulty()"].status, by["faulty()"].reason) == ("failed", "ZeroDivisionError: by design")
+    assert by["bf16()"].status == "not applicable"
+    assert "bf16" in by["bf16()"].reason
+    together = rows(result, "together")[0]
+    assert together.status == "failed"  # the faulty one stands in it, and the run went on
+
+
+def test_undecided_knobs_are_settled_by_measuring(result):
+    alone = next(t for t in rows(result, "alone") if t.recipe == "int8()")
+    assert re.search(r"model_type='(plain|transformer)'", alone.resolved)
+    assert len([n for n in alone.notes if n.startswith("int8(")]) == 2
+
+
+def test_the_result(result):
+    assert result.met
+    assert result.best.metrics.quality is not None
+    assert result.best.metrics.drop is not None
+    assert {p["name"]: p["status"] for p in result.json["peers"]} == {"PyTorch eager": "ok", "torch.compile": "ok"}
+    assert result.report.is_file()
+    written = json.loads((result.folder / "result.json").read_text())
+    assert written == json.loads(json.dumps(result.json))
+    for key in (
+        "baseline",
+        "plain_int8",
+        "best",
+        "pareto",
+        "trials",
+        "budget",
+        "met",
+        "environment",
+        "seed",
+        "seconds",
+    ):
+        assert key in written
+    wanted = (
+        "quality quality_ci latency_ms p95_ms speedup speedup_ci throughput memory_mb memory_above_empty_mb size_mb "
+        "energy_mj params macs"
+    )
+    assert set(wanted.split()) <= set(written["best"]["metrics"])
+    artifact = Artifact.open(result.best.artifact)
+    assert artifact.plan["metrics"]["latency_ms"] == result.best.metrics.latency_ms
+    assert (result.best.artifact / "card.md").is_file()
+
+
+def test_every_reported_pareto_point_is_measured_and_not_beaten(result):
+    for a in result.pareto:
+        assert a.ok
+        for b in result.trials:
+            if b.ok and b.metrics.speedup > a.metrics.speedup:
+                assert b.metrics.quality < a.metrics.quality
+
+
+def test_the_artifact_answers_without_lissoms_other_rooms(result):
+    answers = lissom.load(result.best.artifact)(standin.task(standin.model()).report.inputs(slice(0, 7)))
+    assert answers.shape == (7, 4)
+
+
+def test_a_technique_that_does_not_pay_is_removed(tmp_path):
+    # Together they are the fastest of the first trials, but int8 alone, measured beside it, is not slower.
+    meter = standin.StandIn(slow=lambda recipe: recipe in ("slowpoke()", "", "fuse()"))
+    one = standin.run(tmp_path / "r", techniques=("int8", "slowpoke"), trials=5, meter=meter)
+    planted = [a for a in one.json["ablation"] if a["technique"] == "slowpoke()"]
+    if planted:
+        assert not planted[0]["kept"]
+        assert "not slower without it" in planted[0]["reason"]
+    assert "slowpoke" not in one.best.recipe
+
+
+def test_never_slower_than_plain_int8(tmp_path):
+    # Every recipe but the plain ones is slow: then plain int8 must be the answer.
+    plain = ("", "int8(linear='matmul', products=8)")
+    meter = standin.StandIn(
+        slow=lambda r: not (r in plain or re.fullmatch(r"int8\(model_type='\w+', linear='matmul', products=8\)", r))
+    )
+    one = standin.run(tmp_path / "r", techniques=("int8",), trials=6, meter=meter)
+    assert "keep" not in one.best.recipe
+    assert one.best.metrics.latency_ms <= one.json["plain_int8"]["metrics"]["latency_ms"]
+
+
+def test_one_recipe_without_a_search(tmp_path, result):
+    again = standin.run(tmp_path / "r", recipe=result.best.recipe)
+    assert [t.role for t in again.trials] == ["baseline", "plain int8", "given"]
+    assert again.best.recipe == result.best.recipe
+    assert again.best.metrics.quality == result.best.metrics.quality
+
+
+def test_a_recipe_that_does_not_apply(tmp_path):
+    with pytest.raises(LissomError, match=r"bf16\(\) is not applicable: this processor"):
+        standin.run(tmp_path / "r", recipe="bf16()")
+
+
+def test_without_labels_quality_is_agreement(tmp_path):
+    net = standin.model()
+    one = standin.run(tmp_path / "r", task=standin.task(net, labelled=False), recipe="fuse()")
+    assert one.json["task"]["metric"] == "agreement with the original"
+    assert one.json["baseline"]["quality"] == 100.0
+    assert one.best.metrics.quality == 100.0
+
+
+def lines(folder):
+    """trials.jsonl, times aside."""
+    return re.sub(rb'"seconds": [\d.]+', b'"seconds": 0', (folder / "trials.jsonl").read_bytes())
+
+
+def start(folder, *words):
+    return subprocess.run([sys.executable, str(PROGRAM), str(folder), *words], capture_output=True, text=True)
+
+
+def kill_and_resume(folder, kills):
+    """Start, be killed as each of ``kills`` says, resume until done."""
+    resume = []
+    for kill in kills:
+        done = start(folder, *resume, *kill)
+        assert done.returncode in (-9, 0), done.stderr[-800:]
+        resume = ["--resume"] if (folder / "run.json").exists() else []
+    last = start(folder, *resume)
+    assert last.returncode == 0, last.stderr[-800:]
+
+
+def test_a_killed_run_goes_on_as_it_would_have(tmp_path):
+    assert start(tmp_path / "whole").returncode == 0
+    kill_and_resume(tmp_path / "killed", [["--kill", "7"], ["--kill", "5"]])
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_ten_kills_at_random(tmp_path):
+    assert start(tmp_path / "whole").returncode == 0
+    rng = random.Random(0)
+    for n in range(10):
+        folder = tmp_path / f"killed{n}"
+        kill_and_resume(folder, [["--after", f"{rng.uniform(3, 25):.1f}"]])
+        assert lines(folder) == lines(tmp_path / "whole")
+
+
+def test_a_second_run_in_the_folder_is_refused(result):
+    with pytest.raises(LissomError, match="--resume"):
+        standin.run(result.folder)
+
+
+def test_a_finished_run_resumed_measures_no_trial_again(tmp_path):
+    first = standin.run(tmp_path / "r", techniques=("fuse", "int8"), trials=5)
+    events = []
+    again = standin.run(tmp_path / "r", techniques=("fuse", "int8"), trials=5, resume=True, progress=events.append)
+    assert [e for e in events if e.kind == "trial"] == []
+    assert again.trials == first.trials
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path, monkeypatch):
+    import errno
+
+    from lissom.search.runs import Run
+
+    add = Run.add
+
+    def full(self, trial):
+        if trial.number == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, trial)
+
+    monkeypatch.setattr(Run, "add", full)
+    with pytest.raises(LissomError, match="is full; free some space"):
+        standin.run(tmp_path / "r", techniques=("fuse",), trials=4)
+    monkeypatch.undo()
+    assert len((tmp_path / "r" / "trials.jsonl").read_text().splitlines()) == 2
+    standin.run(tmp_path / "r", techniques=("fuse",), trials=4, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"budget": "latncy<=1ms"}, "did you mean"),
+        ({"runtime": "tflite"}, "no runtime 'tflite'"),
+        ({"techniques": "int9"}, "no technique int9"),
+        ({"threads": 0}, "at least 1"),
+        ({"budget": "energy<=1mJ"}, "not available"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, options, says):
+    net = standin.model()
+    settings = {"task": standin.task(net), "meter": standin.StandIn(), "out": tmp_path / "r", **options}
+    with pytest.raises(LissomError) as caught:
+        lissom.slim(net, **settings)
+    assert says in str(caught.value)
+
+
+def test_a_model_with_other_outputs_than_classes(tmp_path):
+    net = standin.model()
+    task = dataclasses.replace(standin.task(net), classes=("a", "b"))
+    with pytest.raises(LissomError, match="4 outputs and the data have 2 classes"):
+        lissom.slim(net, task=task, out=tmp_path / "r", meter=standin.StandIn())
+    assert not (tmp_path / "r").exists()
