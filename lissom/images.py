@@ -112,4 +112,5 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Preprocessing:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**known)

@@ -39,7 +39,7 @@ from lissom.runtime.artifact import Artifact, write_atomic
 from lissom.runtime.backends import Stages, inspect
 from lissom.runtime.target import RUNTIMES, Target, default_threads
 from lissom.search.budget import Budget, check_direction
-from lissom.search.choosing import pareto, rank
+from lissom.search.choosing import cost, pareto, rank
 from lissom.search.proposals import propose
 from lissom.search.runs import Run
 from lissom.search.trials import Metrics, Trial
@@ -499,9 +499,9 @@ class _Job:
         reference = [] if blank.role == "baseline" else [self.open(self.baseline)]
         measured = self.meter.measure([*reference, *artifacts], threads=self.target.threads, seconds=1.0)
         rows = []
-        for (text, (artifact, metrics)), cost in zip(made.items(), measured[len(reference) :], strict=True):
+        for (text, (artifact, metrics)), measurement in zip(made.items(), measured[len(reference) :], strict=True):
             path = str(artifact.path.relative_to(self.folder))
-            rows.append(replace(blank, resolved=text, metrics=_with_cost(metrics, cost), artifact=path))
+            rows.append(replace(blank, resolved=text, metrics=_with_cost(metrics, measurement), artifact=path))
         return rows
 
     # After the search.
@@ -528,7 +528,7 @@ class _Job:
         """The same trials with the costs of a new, longer measurement against the baseline."""
         artifacts = [self.open(self.baseline), *(self.open(t) for t in trials)]
         measured = self.meter.measure(artifacts, threads=self.target.threads, seconds=seconds)
-        return [replace(t, metrics=_with_cost(t.metrics, c)) for t, c in zip(trials, measured[1:], strict=True)]
+        return [replace(t, metrics=_with_cost(t.metrics, m)) for t, m in zip(trials, measured[1:], strict=True)]
 
     def without_each(self, winner: Trial) -> tuple[Trial, list[dict[str, Any]]]:
         """Never slower: take each technique out of the winner in turn; what pays no measured time is removed."""
@@ -567,10 +567,9 @@ class _Job:
         for limit in self.budget.limits:
             if limit.holds(winner.metrics, base) and not limit.holds(other.metrics, base):
                 return f"{limit.text} does not hold"
-        if self.budget.cost not in ("latency", "p95", "throughput"):
-            price = [getattr(t.metrics, f"{self.budget.cost}_mb", None) for t in (winner, other)]
-            if None not in price and price[0] < price[1]:
-                return f"the {self.budget.cost} grows from {price[0]:.2f} to {price[1]:.2f} MB"
+        own, less = (cost(self.budget.cost, t.metrics, base) for t in (winner, other))
+        if self.budget.cost not in ("latency", "p95", "throughput") and own < less:
+            return f"the {self.budget.cost} grows by {less / own - 1:.0%}"
         return ""
 
     def conclude(
@@ -657,8 +656,8 @@ class _Job:
         measured = self.meter.measure(artifacts, threads=self.target.threads, seconds=3.0)
         first = replace(measured[0], speedup=1.0, speedup_ci=(1.0, 1.0))
         return [
-            replace(t, metrics=_with_cost(t.metrics, cost))
-            for t, cost in zip([self.baseline, *others], [first, *measured[1:]], strict=True)
+            replace(t, metrics=_with_cost(t.metrics, measurement))
+            for t, measurement in zip([self.baseline, *others], [first, *measured[1:]], strict=True)
         ]
 
     def report_qualities(self, trials: Sequence[Trial]) -> dict[int, dict[str, Any]]:
@@ -685,8 +684,8 @@ class _Job:
             try:
                 artifact = self.peer(compiled)
                 artifacts = [self.open(self.baseline), artifact]
-                cost = self.meter.measure(artifacts, threads=self.target.threads, seconds=1.5)[1]
-                row["metrics"] = _with_cost(Metrics(size_mb=artifact.size / 1e6), cost).to_json()
+                measurement = self.meter.measure(artifacts, threads=self.target.threads, seconds=1.5)[1]
+                row["metrics"] = _with_cost(Metrics(size_mb=artifact.size / 1e6), measurement).to_json()
             except Exception as error:  # a peer that does not run here is a row, as a trial is
                 self.stop_on_full_disk(error)
                 row |= {"status": "failed", "reason": _reason(error)}
@@ -743,9 +742,9 @@ def _settings(recipe: Recipe, plan: Plan, target: Target) -> list[Recipe]:
     return [Recipe(tuple(chosen)) for chosen in itertools.product(*choices)]
 
 
-def _with_cost(metrics: Metrics, cost: Measurement) -> Metrics:
+def _with_cost(metrics: Metrics, measurement: Measurement) -> Metrics:
     """The metrics with a measurement's figures in place of the former ones."""
-    return replace(metrics, **asdict(cost))
+    return replace(metrics, **asdict(measurement))
 
 
 def _in_words(metrics: Metrics) -> str:

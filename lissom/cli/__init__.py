@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lissom import __version__
-from lissom.cli import doctor, listing, measure, predict, slim
+from lissom.cli import doctor, fit, listing, measure, predict, profile, reproduce, slim
 from lissom.cli.console import clean
 from lissom.errors import LissomError
 
@@ -74,14 +74,10 @@ def _start(
 
 app.command("slim", help="Make a model cheaper within a budget, with a report.")(slim.slim)
 app.command("measure", help="Measure models or artifacts beside each other on this device.")(measure.measure)
-# DEVELOPMENT ONLY: removed when profile.py, fit.py and reproduce.py are there (/tmp/cli_final.py)
-import importlib  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-for _n in ("profile", "fit", "reproduce"):
-    if (Path(__file__).parent / f"{_n}.py").exists():
-        app.command(_n)(getattr(importlib.import_module(f"lissom.cli.{_n}"), _n))
+app.command("profile", help="Show where a model's time goes, layer by layer.")(profile.profile)
 app.command("predict", help="Classify images with an artifact.")(predict.predict)
+app.command("fit", help="Train a model.")(fit.fit)
+app.command("reproduce", help="Run the small proof of a published claim.")(reproduce.reproduce)
 app.command(
     "list",
     cls=_Command,

@@ -64,6 +64,8 @@ class Artifact:
             raise LissomError(f"{path / PLAN} is damaged: {error}") from error
         if not isinstance(plan, dict) or plan.get("lissom") != SCHEMA:
             raise LissomError(f"{path / PLAN} is not of version {SCHEMA}; export it anew with this lissom")
+        if not _well_formed(plan):
+            raise LissomError(f"{path / PLAN} is damaged: a field is missing or of another kind; export it anew")
         artifact = cls(path, plan)
         for graph in artifact.graphs:
             inside = graph.resolve().is_relative_to(path.resolve())
@@ -101,6 +103,22 @@ class Artifact:
         plan = {**self.plan, "metrics": metrics}
         write_atomic(self.path / PLAN, json.dumps(plan, indent=1))
         return Artifact(self.path, plan)
+
+
+def _well_formed(plan: dict[str, Any]) -> bool:
+    """Whether the fields that opening and running read are there, of their kinds."""
+    stages, files, given = plan.get("stages"), plan.get("files"), plan.get("input")
+    shape = given.get("shape") if isinstance(given, dict) else None
+    return (
+        isinstance(plan.get("runtime"), str)
+        and isinstance(files, dict)
+        and isinstance(shape, list)
+        and all(isinstance(n, int) and n > 0 for n in shape)
+        and isinstance(stages, list)
+        and len(stages) > 0
+        and all(isinstance(s, dict) and isinstance(s.get("graph"), str) for s in stages)
+        and all(isinstance(s.get("options", {}), dict) for s in stages)
+    )
 
 
 @contextmanager

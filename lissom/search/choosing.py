@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lissom.search.budget import Budget, relative
 from lissom.search.trials import Metrics, Trial
 
-__all__ = ["pareto", "rank"]
+__all__ = ["cost", "pareto", "rank"]
 
 
 def cost(quantity: str, metrics: Metrics, baseline: Metrics) -> float:

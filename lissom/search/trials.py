@@ -38,7 +38,8 @@ class Metrics:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Metrics:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**known)
 
 
 @dataclass(frozen=True)

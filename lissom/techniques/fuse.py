@@ -128,10 +128,10 @@ def _fits(source: torch.fx.Node, layer: nn.Module | None) -> bool:
     kind = _kind(source)
     if kind == "aten.linear.default":  # BatchNorm1d reads (B, C); over (B, N, C) its channels would be the tokens
         return isinstance(layer, nn.Linear) and source.meta["val"].ndim == 2
-    plain = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and kind in _CONV
-    turned = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) and kind in _TRANSPOSED
     # A subclass may compute its weight anew in forward (weight standardisation): folding would be undone there.
-    return (plain and type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or (turned and layer.groups == 1)
+    if kind in _CONV:
+        return type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) and layer.groups == 1
 
 
 @torch.no_grad()

@@ -1,0 +1,114 @@
+"""``lissom fit``: files and lines it leaves, resuming, distillation, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lissom.cli import main
+
+MODEL = """
+import torch
+from torch import nn
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+
+
+def wide():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
+
+
+def other_mean():
+    model = small()
+    model.default_cfg = {"mean": (0.1, 0.1, 0.1), "std": (0.2, 0.2, 0.2), "input_size": (3, 8, 8)}
+    return model
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with models.py and pictures/: dark and bright images, 8 x 8."""
+    for split, count in (("train", 20), ("val", 6)):
+        for label, level in (("bright", 200), ("dark", 50)):
+            folder = tmp_path / "pictures" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (level + i, level, level - i)).save(folder / f"{i}.png")
+    (tmp_path / "models.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+BASE = ("--data", "pictures", "--epochs", "3", "--batch", "6", "--lr", "0.05")
+
+
+def test_it_trains_and_writes_weights_and_history(place, capsys):
+    assert main(["fit", "models.py:small", *BASE, "--out", "made"]) == 0
+    said = capsys.readouterr()
+    assert [line.split()[:2] for line in said.err.splitlines() if line.startswith("epoch")] == [
+        ["epoch", "1/3"],
+        ["epoch", "2/3"],
+        ["epoch", "3/3"],
+    ]
+    assert "top-1 accuracy: 100.00 %" in said.out
+    state = load_file(place / "made" / "model.safetensors")
+    assert state["4.weight"].shape == (2, 16)
+    history = json.loads((place / "made" / "history.json").read_text())
+    assert [entry["epoch"] for entry in history["history"]] == [1, 2, 3]
+    assert history["report"]["quality"] == 100
+    assert sorted(p.name for p in (place / "made").iterdir()) == ["history.json", "last.ckpt", "model.safetensors"]
+
+    assert main(["fit", "models.py:small", *BASE, "--out", "made"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["fit", "models.py:small", *BASE, "--out", "made", "--resume", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["history"] == history["history"]
+    assert not [line for line in said.err.splitlines() if line.startswith("epoch")]
+
+
+def test_another_number_of_classes_gets_a_new_head(place, capsys):
+    assert main(["fit", "models.py:wide", *BASE]) == 0
+    assert "the head is new: 2 outputs" in capsys.readouterr().err
+    assert load_file(place / "trained" / "wide" / "model.safetensors")["2.weight"].shape == (2, 48)
+
+
+def test_distillation_takes_a_teacher_and_its_weights(place, capsys):
+    assert main(["fit", "models.py:small", *BASE, "--out", "teacher"]) == 0
+    weights = ["--teacher", "models.py:small", "--teacher-weights", "teacher/model.safetensors"]
+    assert main(["fit", "models.py:small", *BASE, "--method", "distillation", *weights, "--out", "student"]) == 0
+    student, teacher = (load_file(place / name / "model.safetensors") for name in ("student", "teacher"))
+    assert not torch.equal(student["2.weight"], teacher["2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "distillation"], "needs a teacher"),
+        (["--teacher", "models.py:small"], "--teacher is for --method distillation"),
+        (["--teacher-weights", "x.safetensors"], "no --teacher"),
+        (["--method", "distillation", "--teacher", "resnet18"], "random weights"),
+        (["--method", "distillation", "--teacher", "models.py:other_mean"], "normalise"),
+        (["--method", "alchemy"], "known: distillation, supervised"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--precision", "fp8"], "32-true"),
+        (["--devices", "many"], "devices"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_sentence(place, capsys, arguments, sentence):
+    assert main(["fit", "models.py:small", *BASE, "--out", "none", *arguments]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err
+    assert "Traceback" not in said.err
+    assert not (place / "none").exists()
