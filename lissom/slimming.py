@@ -53,7 +53,10 @@ __all__ = ["Best", "Event", "Result", "slim"]
 
 CALIBRATION = 300  # images: NNCF's own default
 VERIFICATION = 32  # real images on which an export is compared with its model
-DEMO_EPOCHS = 10
+TRIALS = 12
+DEMO_EPOCHS = 6
+DEMO_TRAINING = {"batch": 32, "lr": 1e-3, "augment": False}  # 1,300 small digits: many short steps
+DEMO_TRIALS = 8
 DEMO_BUDGET = "latency<=0.7x, drop<=2.0"
 DEFAULT_BUDGET = "drop<=1.0"
 
@@ -109,7 +112,7 @@ def slim(
     budget: str | None = None,
     techniques: str | Sequence[str] | None = None,
     recipe: str | Path | Recipe | None = None,
-    trials: int = 12,
+    trials: int | None = None,
     time: float | None = None,
     runtime: str = "openvino",
     device: str = "cpu",
@@ -133,7 +136,7 @@ def slim(
     that takes the data set and returns one, for losses and metrics of your own.
 
     ``budget`` as in lissom.search.budget (default: one point of drop). ``techniques`` limits the search to some,
-    ``recipe`` applies one recipe without a search. ``trials`` and ``time`` (minutes) bound the search. ``train``
+    ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search. ``train``
     epochs of training come first where the model arrives untrained. ``weights`` is a weight file, or ``pretrained``
     for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one. ``meter`` replaces
     the device's own.
@@ -142,13 +145,19 @@ def slim(
     """
     if runtime not in RUNTIMES:
         raise LissomError(f"there is no runtime {runtime!r}; known: {', '.join(RUNTIMES)}")
-    if batch < 1 or (threads is not None and threads < 1) or trials < 1 or (train is not None and train < 0):
+    if (
+        batch < 1
+        or (threads is not None and threads < 1)
+        or (trials is not None and trials < 1)
+        or (train is not None and train < 0)
+    ):
         raise LissomError("batch, threads and trials are at least 1, and train is not negative")
     demo = model is None and data is None and task is None
     if demo:
         model, data = "digits_vit", "digits"
         train = DEMO_EPOCHS if train is None else train
         budget = DEMO_BUDGET if budget is None else budget
+        trials = DEMO_TRIALS if trials is None else trials
     if model is None:
         raise LissomError("there is no MODEL: give a timm name, a weight file with --arch, or file.py:function")
     if data is None and not isinstance(task, Task):
@@ -159,7 +168,8 @@ def slim(
     given = None if recipe is None else Recipe.of(recipe)
     target = Target(runtime, device, batch, threads or default_threads())
     folder = Path(out) if out is not None else _new_folder()
-    job = _Job(limits, names, given, target, trials, time, seed, folder, resume, progress, command)
+    job = _Job(limits, names, given, target, trials or TRIALS, time, seed, folder, resume, progress, command)
+    job.training = DEMO_TRAINING if demo else {}
     return job.run(model, data, task, train or 0, arch, weights, meter or meter_for(device))
 
 
@@ -203,6 +213,7 @@ class _Job:
         self.progress = progress or (lambda event: None)
         self.begun = clock.monotonic()
         self.warnings: list[str] = []
+        self.training: dict[str, Any] = {}  # settings of fit that differ from its defaults
 
     # The path of a run, from top to bottom.
 
@@ -304,6 +315,7 @@ class _Job:
             resume=(self.folder / "training").exists(),
             progress=report,
             threads=default_threads(),
+            **self.training,
         )
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, self.folder / ".baseline.safetensors")
         os.replace(self.folder / ".baseline.safetensors", path)
@@ -593,7 +605,7 @@ class _Job:
                  if t.number in qualities}  # fmt: skip
         reference = final[base.number].metrics
         metrics = final[winner.number].metrics
-        artifact = self.open(winner).with_metrics(metrics.to_json())
+        artifact = self.keep(winner).with_metrics(metrics.to_json())
         met = self.budget.met(metrics, reference)
         trials = self.on.trials
         front = pareto([t for t in trials if t.ok], self.budget.cost, self.baseline.metrics)
@@ -648,6 +660,15 @@ class _Job:
             self.folder,
             result,
         )
+
+    def keep(self, winner: Trial) -> Artifact:
+        """The winner's artifact at a place that can be told in advance: OUT/best, whole or not at all."""
+        place, fresh = self.folder / "best", self.folder / "artifacts" / ".best"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(self.folder / winner.artifact, fresh)
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(fresh, place)
+        return Artifact.open(place)
 
     def final(self, finalists: Sequence[Trial]) -> list[Trial]:
         """Baseline first, then the finalists that are not the baseline, measured together at length."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
+
+_PLOT = typer.Option(help="Draw the waterline to this file (.png, .svg, .pdf).")
 
 
 def profile(
@@ -14,7 +17,7 @@ def profile(
     shape: str = typer.Option(None, help="One input, as 3,224,224, where the model does not say it."),
     batch: int = typer.Option(1, min=1, help="Batch size of a model; an artifact has its own."),
     threads: int = typer.Option(None, min=1, help="Threads; all that this process may use by default."),
-    plot: Path = typer.Option(None, help="Draw the waterline to this file (.png, .svg, .pdf)."),
+    plot: Annotated[Path | None, _PLOT] = None,
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Show multiply-accumulates, bytes, time and efficiency of every layer, and the waterline bound of the whole.

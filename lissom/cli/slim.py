@@ -16,7 +16,7 @@ def slim(
     budget: str = typer.Option(None, help="For example 'latency<=0.7x, drop<=1.0'. Default: drop<=1.0."),
     techniques: str = typer.Option(None, help="Techniques to search, comma-separated. Default: all."),
     recipe: str = typer.Option(None, help="Apply this one recipe (its text, or a JSON file) without a search."),
-    trials: int = typer.Option(12, min=1, help="Trials at most."),
+    trials: int = typer.Option(None, min=1, help="Trials at most. Default: 12 (8 without arguments)."),
     time: float = typer.Option(None, min=0.1, help="Minutes at most, roughly."),
     runtime: str = typer.Option("openvino", help="openvino, onnxruntime or torch."),
     device: str = typer.Option("cpu", help="cpu, or ssh://HOST."),
@@ -54,29 +54,33 @@ def slim(
     from lissom.slimming import slim as run
 
     remarks = console.remarks()
-    with Progress(remarks) as progress:
-        result = run(
-            model or None,
-            data or None,
-            task=task or None,
-            budget=budget,
-            techniques=techniques,
-            recipe=recipe,
-            trials=trials,
-            time=time,
-            runtime=runtime,
-            device=device,
-            batch=batch,
-            threads=threads,
-            train=train,
-            arch=arch,
-            weights=weights,
-            out=out,
-            resume=resume,
-            seed=seed,
-            progress=progress,
-            command=shlex.join(["lissom", *sys.argv[1:]]),
-        )
+    try:
+        with Progress(remarks) as progress:
+            result = run(
+                model or None,
+                data or None,
+                task=task or None,
+                budget=budget,
+                techniques=techniques,
+                recipe=recipe,
+                trials=trials,
+                time=time,
+                runtime=runtime,
+                device=device,
+                batch=batch,
+                threads=threads,
+                train=train,
+                arch=arch,
+                weights=weights,
+                out=out,
+                resume=resume,
+                seed=seed,
+                progress=progress,
+                command=shlex.join(["lissom", *sys.argv[1:]]),
+            )
+    except KeyboardInterrupt:
+        remarks.print("stopped; go on with the same command and --resume (and --out FOLDER, where it was left out)")
+        raise
     for warning in result.json["warnings"]:
         remarks.print(f"warning: {warning}")
     if json:

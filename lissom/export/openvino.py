@@ -115,16 +115,30 @@ def _restore_names(graph: Any, program: torch.export.ExportedProgram) -> None:
         kind, name = node.get_type_name(), node.get_friendly_name()
         if kind in ("Constant", "Parameter", "Result"):
             continue
-        tensors = sorted(tensor.partition(":")[0] for output in node.outputs() for tensor in output.get_names())
-        named = next((known[n] for n in (name.partition("/")[0], *tensors) if n in known), None)
-        source = named
+        source = named = next((known[n] for n in _names(node) if n in known), None)
         if kind in ("Convolution", "GroupConvolution", "MatMul"):
+            follower = node
+            while source is None and (follower := _only_addition(follower)) is not None:  # its bias has the names
+                source = next((known[n] for n in _names(follower) if n in known), None)
             while source is not None and not any(word in str(source.target) for word in _PRODUCTS):
                 before = source.args[0] if source.args else None
                 source = known.get(getattr(before, "name", ""))
         source = source or named
         if source is not None and source.name != name.partition("/")[0]:
             node.set_friendly_name(f"{source.name}/{name}")
+
+
+def _names(node: Any) -> list[str]:
+    """Names that a node of the graph has or gives to its outputs, as torch.export would know them."""
+    tensors = sorted(tensor.partition(":")[0] for output in node.outputs() for tensor in output.get_names())
+    return [node.get_friendly_name().partition("/")[0], *tensors]
+
+
+def _only_addition(node: Any) -> Any:
+    """The addition or scaling that alone consumes the node's output, or None."""
+    consumers = list(node.output(0).get_target_inputs())
+    follower = consumers[0].get_node() if len(consumers) == 1 else None
+    return follower if follower is not None and follower.get_type_name() in ("Add", "Multiply") else None
 
 
 def ignored_nodes(graph: Any, nodes: dict[str, str], precision: Precision) -> list[str]:

@@ -62,7 +62,7 @@ def draw_waterline(profile: Profile, path: Path) -> None:
     from matplotlib.colors import Normalize
 
     figure, axes = _figure(path, 10, 5)
-    colours = ScalarMappable(Normalize(0, 100), colormaps["viridis"])
+    scale, palette = Normalize(0, 100), colormaps["viridis"]
     rows = [row for row in profile.rows if row.macs and row.bytes]
     # Columns that run inside another layer's kernel have no time of their own, and stay grey.
     slowest = {row.path for row in sorted(rows, key=lambda row: -(row.ms or 0))[:NAMED]}
@@ -70,7 +70,7 @@ def draw_waterline(profile: Profile, path: Path) -> None:
     for row in rows:
         height = row.intensity / profile.machines[row.bits].ridge
         heights.append(height)
-        colour = "0.8" if row.efficiency is None else colours.to_rgba(100 * min(1.0, row.efficiency))
+        colour = "0.8" if row.efficiency is None else palette(scale(100 * min(1.0, row.efficiency)))
         width = row.bytes / 1e6
         axes.bar(left, min(height, TALL), width, align="edge", color=colour, edgecolor="white", linewidth=0.4)
         if row.path in slowest:
@@ -92,7 +92,7 @@ def draw_waterline(profile: Profile, path: Path) -> None:
         f"{profile.name}: measured {profile.measured_ms:.2f} ms, waterline bound {profile.bound_ms:.2f} ms, "
         f"{profile.threads} threads"
     )
-    figure.colorbar(colours, ax=axes, label="measured efficiency, per cent of the peak")
+    figure.colorbar(ScalarMappable(scale, palette), ax=axes, label="measured efficiency, per cent of the peak")
     figure.savefig(path, dpi=120)
 
 

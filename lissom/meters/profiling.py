@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from lissom.meters.peaks import kernel_bits, measure_machine
 from lissom.meters.waterline import Machine, Waterline, efficiency, roofline, waterline
 from lissom.registry import load_part
 from lissom.runtime.artifact import Artifact
-from lissom.runtime.backends import LayerTime, layer_times, open_graph
+from lissom.runtime.backends import Graph, LayerTime, open_graph
 from lissom.runtime.target import default_threads
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ __all__ = ["UNATTRIBUTED", "LayerProfile", "Profile", "profile"]
 
 UNATTRIBUTED = "(unattributed)"
 NAMED = 3  # rows that a warning names
+# OpenVINO's kinds of nodes that multiply: their kernels tell the precision of a layer.
+MULTIPLYING = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention", "RNNCell",
+               "RNNSeq"}  # fmt: skip
 SECONDS = 1.0  # of running, once for the latency and once for the layers' times
 
 
@@ -232,10 +235,11 @@ def _profile(
     threads = threads or default_threads()
     (graph,), options = artifact.graphs, artifact.plan["stages"][0].get("options")
     costs = [cost.at(batch=artifact.input_shape[0]) for cost in costs]
-    latency = _latency(graph, options, threads, artifact.input_shape)
-    runs = min(200, max(10, round(SECONDS / latency)))
-    times = layer_times(graph, options, threads, runs=runs)
-    work = _attribute(times, artifact.plan["nodes"], costs)
+    latency = _latency(open_graph(graph, artifact.runtime, options, threads), artifact.input_shape)
+    counted: Any = open_graph(graph, artifact.runtime, {**(options or {}), "count": True}, threads)
+    times = counted.layer_times(min(200, max(10, round(SECONDS / latency))))
+    nodes = _with_adopted(counted, artifact.plan["nodes"])
+    work = _attribute(times, nodes, costs)
     costs = [cost.at(bits=work.bits.get(cost.path)) for cost in costs]
     machines = _machines(machine, artifact.runtime, {cost.bits for cost in costs if cost.macs}, threads)
     rows = _rows(costs, work, machines)
@@ -258,15 +262,14 @@ def _profile(
         1000 * latency,
         work.total,
         machines,
-        dict(work.unattributed.most_common()),
+        dict(sorted(work.unattributed.items(), key=lambda item: -item[1])),
         sum(1 for cost in costs if not cost.macs and not work.ms.get(cost.path)),
         tuple(warnings),
     )
 
 
-def _latency(graph: Path, options: Any, threads: int, shape: tuple[int, ...]) -> float:
+def _latency(opened: Graph, shape: tuple[int, ...]) -> float:
     """Median seconds of an ordinary run, without counters."""
-    opened = open_graph(graph, "openvino", options, threads)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     times: list[float] = []
     for _ in range(3):
@@ -297,11 +300,35 @@ class _Work:
     ms: dict[str, float]
     bits: dict[str, int]
     joined: dict[str, set[str]]
-    unattributed: Counter[str]
+    unattributed: dict[str, float]
 
     @property
     def total(self) -> float:
         return sum(self.ms.values()) + sum(self.unattributed.values())
+
+
+def _with_adopted(counted: Any, nodes: Mapping[str, str]) -> dict[str, str]:
+    """``nodes``, and the nodes that OpenVINO made of others under new names (attention in 8 bits, taken apart).
+
+    The new names differ from one compilation to the next, so they are read from the graph that is timed. Such a node
+    belongs to the layer that all its consumers belong to. A node without any original name, inserted by the runtime,
+    is handed through and belongs to no layer.
+    """
+    known = dict(nodes)
+    consumers: dict[str, list[Any]] = defaultdict(list)
+    order = counted.compiled.get_runtime_model().get_ordered_ops()
+    for node in order:
+        for value in node.input_values():
+            consumers[value.get_node().get_friendly_name()].append(node)
+    paths: dict[str, set[str]] = {}  # runtime node -> layers that it, or what consumes it, belongs to
+    for node in reversed(order):
+        name = node.get_friendly_name()
+        originals = [n.partition("/")[0] for n in node.get_rt_info()["originalLayersNames"].astype(str).split(",") if n]
+        own = {known[n] for n in originals if n in known}
+        paths[name] = own or set().union(*(paths[c.get_friendly_name()] for c in consumers[name]))
+        if originals and not own and len(paths[name]) == 1:
+            known.update(dict.fromkeys(originals, *paths[name]))
+    return known
 
 
 def _attribute(times: Sequence[LayerTime], nodes: Mapping[str, str], costs: Sequence[LayerCost]) -> _Work:
@@ -313,7 +340,7 @@ def _attribute(times: Sequence[LayerTime], nodes: Mapping[str, str], costs: Sequ
     ms: dict[str, float] = defaultdict(float)
     slowest: dict[str, tuple[float, int]] = {}
     joined: dict[str, set[str]] = defaultdict(set)
-    unattributed: Counter[str] = Counter()
+    unattributed: dict[str, float] = defaultdict(float)
     for node in times:
         spent = node.microseconds / 1000
         paths = {nodes[start] for name in node.names if (start := name.partition("/")[0]) in nodes}
@@ -323,7 +350,7 @@ def _attribute(times: Sequence[LayerTime], nodes: Mapping[str, str], costs: Sequ
             continue
         main = max(paths, key=lambda path: (weight.get(path, (0, 0)), path))
         ms[main] += spent
-        bits = kernel_bits(node.implementation)
+        bits = kernel_bits(node.implementation) if node.kind in MULTIPLYING else None
         if bits is not None and spent > slowest.get(main, (0.0, 0))[0]:
             slowest[main] = spent, bits
         joined[main] |= {path for path in paths - {main} if weight.get(path, (0, 0))[0]}

@@ -21,6 +21,7 @@ from torch import nn
 
 from lissom.data.sources import DataSet, read, stratified
 from lissom.images import Preprocessing
+from lissom.models.factory import create_model
 from lissom.proofs.base import (
     INCONCLUSIVE,
     NOT_SHOWN,
@@ -187,8 +188,6 @@ def _data(quick: bool) -> DataSet:
 
 def _trained(data: DataSet, seed: int, settings: Settings) -> tuple[Task, nn.Module]:
     """A task with enough held-out rows to choose on, and the network trained for it."""
-    from timm.models.vision_transformer import VisionTransformer
-
     digits = data.name == "digits"
     assert data.train is not None
     labels = data.train.labels
@@ -199,14 +198,23 @@ def _trained(data: DataSet, seed: int, settings: Settings) -> tuple[Task, nn.Mod
     task = make_task(divided, preprocessing=preprocessing, trained_here=False, seed=seed)
     assert task.fit is not None
     if not digits:
-        task = task.with_splits(fit=task.fit.sample(10_000, seed), choose=task.choose.sample(1000, seed))
+        task = task.with_splits(
+            fit=task.fit.sample(5000, seed), choose=task.choose.sample(1000, seed), report=task.report.sample(2000, 0)
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VisionTransformer(
-            img_size=32, patch_size=8 if settings.quick else 4, embed_dim=96, depth=4, num_heads=3,
-            num_classes=len(data.classes), class_token=False, global_pool="avg",
-        )  # fmt: skip
-    fit(model, task, epochs=10, batch=32, lr=1e-3, seed=seed, augment=not digits, flip=not digits)
+        patch = 8 if settings.quick else 4  # 16 or 64 tokens
+        model = create_model("digits_vit", embed_dim=96, patch_size=patch, num_classes=len(data.classes))
+    fit(
+        model,
+        task,
+        epochs=12 if settings.quick else 10,
+        batch=32,
+        lr=1e-3,
+        seed=seed,
+        augment=not digits,
+        flip=not digits,
+    )
     settings.progress(f"seed {seed}: trained, {evaluate(model, task, task.choose).value:.1f} % on choose")
     return task, model
 

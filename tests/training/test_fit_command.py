@@ -28,12 +28,6 @@ def small():
 def wide():
     torch.manual_seed(1)
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
-
-
-def other_mean():
-    model = small()
-    model.default_cfg = {"mean": (0.1, 0.1, 0.1), "std": (0.2, 0.2, 0.2), "input_size": (3, 8, 8)}
-    return model
 """
 
 
@@ -47,6 +41,7 @@ def place(tmp_path, monkeypatch):
             for i in range(count):
                 Image.new("RGB", (8, 8), (level + i, level, level - i)).save(folder / f"{i}.png")
     (tmp_path / "models.py").write_text(MODEL)
+    (tmp_path / "dark.py").write_text(MODEL.replace("MEAN, STD = (0.5, 0.5, 0.5)", "MEAN, STD = (0.1, 0.1, 0.1)"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -99,7 +94,7 @@ def test_distillation_takes_a_teacher_and_its_weights(place, capsys):
         (["--teacher", "models.py:small"], "--teacher is for --method distillation"),
         (["--teacher-weights", "x.safetensors"], "no --teacher"),
         (["--method", "distillation", "--teacher", "resnet18"], "random weights"),
-        (["--method", "distillation", "--teacher", "models.py:other_mean"], "normalise"),
+        (["--method", "distillation", "--teacher", "dark.py:small"], "normalise"),
         (["--method", "alchemy"], "known: distillation, supervised"),
         (["--data", "nowhere"], "nowhere"),
         (["--precision", "fp8"], "32-true"),
