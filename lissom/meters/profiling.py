@@ -46,9 +46,10 @@ SECONDS = 1.0  # of running, once for the latency and once for the layers' times
 class LayerProfile:
     """One layer's cost and time. ``bytes`` and ``intensity`` (operations a byte) are at ``bits``, those it ran in.
 
-    ``ms`` is None where the runtime ran no node of its own for the layer; ``inside`` then names the layer whose kernel
-    did its work. ``efficiency`` is measured, ``roofline`` the most it could be, ``bound`` what limits it ("memory" or
-    "compute"): None for layers without multiplications. ``share`` is of the sum of all nodes' times.
+    ``ms`` is None where the runtime ran no node of its own for the layer (0: below its clock); ``inside`` then names
+    the layer whose kernel did its work. ``efficiency`` is measured, ``roofline`` the most it could be, ``bound`` what
+    limits it ("memory" or "compute"): None for layers without multiplications. ``share`` is of the sum of all nodes'
+    times.
     """
 
     path: str
@@ -382,7 +383,7 @@ def _rows(costs: Sequence[LayerCost], work: _Work, machines: Mapping[int, Machin
         share = (ms or 0.0) / work.total if work.total else 0.0
         rows.append(
             LayerProfile(
-                cost.path or "(model)", cost.kind, cost.macs, cost.bytes, cost.intensity, cost.bits, ms or None, share,
+                cost.path or "(model)", cost.kind, cost.macs, cost.bytes, cost.intensity, cost.bits, ms, share,
                 inside=inside.get(cost.path), **fields,
             )
         )  # fmt: skip

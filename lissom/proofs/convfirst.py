@@ -95,6 +95,7 @@ def convfirst(settings: Settings) -> ProofResult:
         rows.append(Row(name, "latency", tuple(1000 * s for s in measured[name]), "ms", spent))
     notes = (
         "bytes are the least that must move: inputs, outputs and weights once, all other work fused",
+        "where nearly all layers are on one side of the ridge the two bounds nearly coincide, and closer says little",
         "the bandwidth is to memory; data that stay in the last-level cache move faster than the bounds know",
     )
     title = (

@@ -52,7 +52,7 @@ def test_the_loss_is_the_papers(task, alpha, temperature):
 
 def test_without_labels_the_teacher_alone_counts(task):
     torch.manual_seed(0)
-    student, teacher = Fixed(torch.randn(4, 3)), Fixed(torch.randn(4, 3))
+    student, teacher = (Fixed(torch.randn(4, 3)).requires_grad_(False) for _ in range(2))
     x = torch.zeros(4, 1, 8, 8)
     unlabelled = Distillation(teacher, alpha=0.2).loss(student, x, None, task)
     assert float(unlabelled) == pytest.approx(float(Distillation(teacher, alpha=1.0).loss(student, x, None, task)))
