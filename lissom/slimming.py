@@ -57,6 +57,7 @@ TRIALS = 12
 DEMO_EPOCHS = 8
 DEMO_TRAINING = {"batch": 16, "lr": 1e-3, "augment": False}  # 1,300 small digits: many short steps
 DEMO_TRIALS = 7
+DEMO_THREADS = 1  # what else runs on a newcomer's machine then disturbs the measurement least
 DEMO_BUDGET = "latency<=0.7x, drop<=2.0"
 DEFAULT_BUDGET = "drop<=1.0"
 
@@ -158,6 +159,7 @@ def slim(
         train = DEMO_EPOCHS if train is None else train
         budget = DEMO_BUDGET if budget is None else budget
         trials = DEMO_TRIALS if trials is None else trials
+        threads = DEMO_THREADS if threads is None else threads
     if model is None:
         raise LissomError("there is no MODEL: give a timm name, a weight file with --arch, or file.py:function")
     if data is None and not isinstance(task, Task):
@@ -697,21 +699,29 @@ class _Job:
         }
 
     def peers(self) -> list[dict[str, Any]]:
-        """What else a user could do with the model: PyTorch eager and torch.compile, each against the baseline."""
-        rows = []
-        for name, compiled in (("PyTorch eager", False), ("torch.compile", True)):
-            self.stage(f"measuring {name}")
-            row: dict[str, Any] = {"name": name, "status": "ok", "reason": "", "metrics": Metrics().to_json()}
-            try:
-                artifact = self.peer(compiled)
-                artifacts = [self.open(self.baseline), artifact]
-                measurement = self.meter.measure(artifacts, threads=self.target.threads, seconds=1.5)[1]
-                row["metrics"] = _with_cost(Metrics(size_mb=artifact.size / 1e6), measurement).to_json()
-            except Exception as error:  # a peer that does not run here is a row, as a trial is
-                self.stop_on_full_disk(error)
-                row |= {"status": "failed", "reason": _reason(error)}
-            rows.append(row)
-        return rows
+        """What else a user could do with the model: PyTorch eager and torch.compile, beside the baseline."""
+        self.stage("measuring PyTorch eager and torch.compile")
+        names = {"PyTorch eager": False, "torch.compile": True}
+        try:
+            artifacts = [self.peer(compiled) for compiled in names.values()]
+            measured = self.measure_peers(artifacts)
+        except Exception as error:  # one that does not run here must not hide the other
+            self.stop_on_full_disk(error)
+            return [self.lone_peer(name, compiled) for name, compiled in names.items()]
+        return [_peer_row(*row) for row in zip(names, artifacts, measured, strict=True)]
+
+    def lone_peer(self, name: str, compiled: bool) -> dict[str, Any]:
+        """A peer's row measured by itself; one that does not run here is a row with its reason, as a trial is."""
+        try:
+            artifact = self.peer(compiled)
+            return _peer_row(name, artifact, self.measure_peers([artifact])[0])
+        except Exception as error:
+            self.stop_on_full_disk(error)
+            return {"name": name, "status": "failed", "reason": _reason(error), "metrics": Metrics().to_json()}
+
+    def measure_peers(self, artifacts: Sequence[Artifact]) -> list[Measurement]:
+        every = [self.open(self.baseline), *artifacts]
+        return self.meter.measure(every, threads=self.target.threads, seconds=1.5)[1:]
 
     def peer(self, compiled: bool) -> Artifact:
         path = self.on.artifact("torch-compiled" if compiled else "torch-eager")
@@ -765,6 +775,11 @@ def _settings(recipe: Recipe, plan: Plan, target: Target) -> list[Recipe]:
 def _with_cost(metrics: Metrics, measurement: Measurement) -> Metrics:
     """The metrics with a measurement's figures in place of the former ones."""
     return replace(metrics, **asdict(measurement))
+
+
+def _peer_row(name: str, artifact: Artifact, measurement: Measurement) -> dict[str, Any]:
+    metrics = _with_cost(Metrics(size_mb=artifact.size / 1e6), measurement)
+    return {"name": name, "status": "ok", "reason": "", "metrics": metrics.to_json()}
 
 
 def _in_words(metrics: Metrics) -> str:

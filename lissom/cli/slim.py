@@ -21,7 +21,9 @@ def slim(
     runtime: str = typer.Option("openvino", help="openvino, onnxruntime or torch."),
     device: str = typer.Option("cpu", help="cpu, or ssh://HOST."),
     batch: int = typer.Option(1, min=1, help="Batch size."),
-    threads: int = typer.Option(None, min=1, help="Threads. Default: every processor this process may use."),
+    threads: int = typer.Option(
+        None, min=1, help="Threads. Default: every processor this process may use (1 without arguments)."
+    ),
     train: int = typer.Option(None, min=0, help="Train the model for so many epochs first."),
     arch: str = typer.Option(None, help="The timm name of a weight file's network."),
     weights: str = typer.Option(None, help="A weight file, or 'pretrained' for timm's (fetched from its hub)."),

@@ -46,7 +46,7 @@ def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         "img_size": 32,
         "patch_size": 4,
         "embed_dim": 192,
-        "depth": 4,
+        "depth": 3,
         "num_heads": 3,
         "class_token": False,
         "global_pool": "avg",
