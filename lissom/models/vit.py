@@ -41,7 +41,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Four blocks of three heads; the mean of the tokens is classified. Input (B, 3, 32, 32), output (B, 10)."""
+    """Three blocks of three heads; the mean of the tokens is classified. Input (B, 3, 32, 32), output (B, 10)."""
     arguments = {
         "img_size": 32,
         "patch_size": 4,
