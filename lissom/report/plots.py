@@ -341,7 +341,7 @@ def forest_svg(rows: Sequence[dict[str, Any]], width: int) -> Markup:
     rows = [row for row in rows if known(row.get("ratio"))]
     if not rows:
         return Markup("")
-    label = min(150, width // 3)
+    label = min(220, width // 3)
     height = 30 * len(rows) + 50
     ends = [1.0]
     for row in rows:
@@ -355,7 +355,7 @@ def forest_svg(rows: Sequence[dict[str, Any]], width: int) -> Markup:
         ci = row.get("ratio_ci") or []
         kept = "kept" if row["kept"] else "rejected"
         title = el("title", f"{row['technique']}: {row['ratio']:.3f} {interval(ci, 3)}, {kept}")
-        name = shorten(row["technique"], int(label / CHAR) - 1)
+        name = shorten(row["technique"], int((label - 10) / (1.2 * CHAR)))
         parts.append(el("text", el("title", row["technique"]), name, x=label - 10, y=y + 4, text_anchor="end",
                         class_="label"))  # fmt: skip
         if has_interval(ci):

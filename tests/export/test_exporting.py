@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -76,6 +77,16 @@ def test_int8_follows_the_policy(vit, tmp_path, linear):
     kept = export(vit, tmp_path / "kept", f"int8(linear={linear!r}, keep=('blocks.0', 'head'))")
     assert quantised_paths(kept) == {p for p in linears if not p.startswith(("blocks.0", "head"))}
     assert kept.plan["precision"] == {"": 8, "blocks.0": 32, "head": 32}
+
+
+def test_a_policy_reaches_convolutions_behind_which_a_norm_was_folded(tmp_path):
+    # OpenVINO renames a convolution when it folds a norm or a layer scale into it: the path must survive that.
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    convolutions = {path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    everything = quantised_paths(export(model, tmp_path / "all", "int8()"))
+    assert everything == convolutions | {"fc"}
+    kept = quantised_paths(export(model, tmp_path / "kept", "int8(keep=('layer1', 'conv1', 'fc'))"))
+    assert kept == {p for p in convolutions if not p.startswith(("layer1", "conv1"))}
 
 
 def test_int8_on_onnx_follows_the_policy(vit, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import subprocess
@@ -174,8 +175,29 @@ def lines(folder):
     return re.sub(rb'"seconds": [\d.]+', b'"seconds": 0', (folder / "trials.jsonl").read_bytes())
 
 
+WATCH = """
+import os, socket
+def watched(call):
+    def connect(self, address, *rest):
+        if self.family != socket.AF_UNIX:
+            with open(os.environ["CONNECTIONS"], "a") as file:
+                file.write(repr(address))
+        return call(self, address, *rest)
+    return connect
+socket.socket.connect = watched(socket.socket.connect)
+socket.socket.connect_ex = watched(socket.socket.connect_ex)
+"""
+
+
 def start(folder, *words):
-    return subprocess.run([sys.executable, str(PROGRAM), str(folder), *words], capture_output=True, text=True)
+    """One run in a process of its own; a connection that it or a child of it opens is written to ``connections``."""
+    watch = folder.parent / "watch"
+    watch.mkdir(exist_ok=True)
+    (watch / "sitecustomize.py").write_text(WATCH)
+    home = {"HOME": str(watch), "CONNECTIONS": str(folder.parent / "connections"), "PYTHONPATH": str(watch)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "NNCF_CI")} | home
+    command = [sys.executable, str(PROGRAM), str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def kill_and_resume(folder, kills):
@@ -189,10 +211,13 @@ def kill_and_resume(folder, kills):
     assert last.returncode == 0, last.stderr[-800:]
 
 
+@pytest.mark.last
 def test_a_killed_run_goes_on_as_it_would_have(tmp_path):
     assert start(tmp_path / "whole").returncode == 0
-    kill_and_resume(tmp_path / "killed", [["--kill", "7"], ["--kill", "5"]])
+    kill_and_resume(tmp_path / "killed", [["--kill", "11"]])
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    # Nothing asked for the network, in a home without any consent or refusal and outside continuous integration.
+    assert not (tmp_path / "connections").exists()
 
 
 @pytest.mark.full
