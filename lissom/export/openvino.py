@@ -74,15 +74,16 @@ def _convert(model: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[Any,
         with quiet():
             try:
                 graph = ov.convert_model(program)
+                if len(graph.inputs) == 1:
+                    graph.reshape({graph.inputs[0]: list(key)})
             except Exception as error:  # the converter raises its own kinds, with pages of text
-                first = str(error).strip().splitlines()[0]
-                raise LissomError(f"OpenVINO cannot convert the model: {first}") from error
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                raise LissomError(f"OpenVINO cannot take the model: {lines[-1] if lines else error!r}") from error
         if len(graph.inputs) != 1 or len(graph.outputs) != 1:
             raise LissomError(
                 f"the model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
                 "one image in and one tensor of answers out is what can be exported"
             )
-        graph.reshape({graph.inputs[0]: list(key)})
         _restore_names(graph, program)
         known[key] = graph, module_paths(program)
     return known[key]

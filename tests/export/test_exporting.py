@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -81,7 +80,18 @@ def test_int8_follows_the_policy(vit, tmp_path, linear):
 
 def test_a_policy_reaches_convolutions_behind_which_a_norm_was_folded(tmp_path):
     # OpenVINO renames a convolution when it folds a norm or a layer scale into it: the path must survive that.
-    model = timm.create_model("resnet10t", num_classes=5).eval()
+    def block(inputs, outputs):
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.layer1, self.layer2, self.fc = block(3, 8), block(8, 8), block(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc((self.layer2(self.layer1(self.conv1(x))) + 1).mean((2, 3)))
+
+    model = Net().eval()
     convolutions = {path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     everything = quantised_paths(export(model, tmp_path / "all", "int8()"))
     assert everything == convolutions | {"fc"}

@@ -287,3 +287,27 @@ def test_a_model_with_other_outputs_than_classes(tmp_path):
     with pytest.raises(LissomError, match="4 outputs and the data have 2 classes"):
         lissom.slim(net, task=task, out=tmp_path / "r", meter=standin.StandIn())
     assert not (tmp_path / "r").exists()
+
+
+def test_broken_images_are_counted_named_and_left_out(tmp_path):
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from lissom.data.splits import Images, PixelSplit
+    from lissom.images import Preprocessing
+
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(1000):
+        data = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(data, "png")
+        files.append(data.getvalue()[:60] if i in (10, 500, 999) else data.getvalue())
+    images = Images.of("choose", files, rng.integers(0, 4, 1000))
+    split = PixelSplit(images, Preprocessing(12, 12))
+    task = dataclasses.replace(standin.task(standin.model()), choose=split)
+    with pytest.warns(UserWarning, match="3 of 1000"):
+        one = standin.run(tmp_path / "r", task=task, recipe="fuse()")
+    assert any(warning.startswith("3 images could not be read") for warning in one.json["warnings"])
+    assert one.json["task"]["splits"]["choose"] == 997
