@@ -44,7 +44,7 @@ from lissom.search.proposals import propose
 from lissom.search.runs import Run
 from lissom.search.trials import Metrics, Trial
 from lissom.tasks.classification import make_task
-from lissom.tasks.task import Task
+from lissom.tasks.task import Split, Task, batches
 from lissom.techniques.recipe import Recipe
 from lissom.training.loop import FitEvent, fit
 from lissom.usercode import is_reference, load_function
@@ -330,8 +330,7 @@ class _Job:
         source = task.fit if task.fit is not None and len(task.fit) else task.choose
         few = source.sample(CALIBRATION, self.seed)
         self.calibration = few.inputs(slice(0, len(few)))
-        self.choose = task.choose.inputs(slice(0, len(task.choose)))
-        self.verify = self.choose[:VERIFICATION]
+        self.verify = task.choose.inputs(slice(0, min(VERIFICATION, len(task.choose))))
         self.layers = [cost.to_json() for cost in layer_costs(self.plan.model, task.shape)]
         skipped = [*few.skipped, *task.choose.skipped]
         if skipped:
@@ -482,7 +481,7 @@ class _Job:
 
     def quality(self, artifact: Artifact, plan: Plan) -> Metrics:
         """Quality on ``choose``, by the artifact itself; and what needs no clock: size, parameters, operations."""
-        outputs = run_artifact(artifact, self.choose, self.target.threads)
+        outputs = self.answers(artifact, self.task.choose)
         if self.targets is None:
             self.targets = self.task.targets(self.task.choose, self.original_outputs(outputs))
         quality = self.task.quality(outputs, self.targets)
@@ -501,7 +500,11 @@ class _Job:
         """The baseline's answers on ``choose``: those at hand while the baseline itself is measured."""
         if not self.on.trials:
             return outputs
-        return run_artifact(self.open(self.baseline), self.choose, self.target.threads)
+        return self.answers(self.open(self.baseline), self.task.choose)
+
+    def answers(self, artifact: Artifact, split: Split) -> np.ndarray:
+        """The artifact's answers to a split, a part at a time: only the decoded pixels stay in memory."""
+        return run_artifact(artifact, batches(split, 64 * self.target.batch), self.target.threads)
 
     def open(self, trial: Trial) -> Artifact:
         return Artifact.open(self.folder / trial.artifact)
@@ -686,10 +689,9 @@ class _Job:
     def report_qualities(self, trials: Sequence[Trial]) -> dict[int, dict[str, Any]]:
         """Quality, interval and drop on ``report`` by trial number; the baseline comes first. Read once, here."""
         split = self.task.report
-        inputs = split.inputs(slice(0, len(split)))
+        answers = {t.number: self.answers(self.open(t), split) for t in trials}
         if split.skipped:
             self.warnings.append(f"{len(split.skipped)} images of the report split could not be read and were left out")
-        answers = {t.number: run_artifact(self.open(t), inputs, self.target.threads) for t in trials}
         targets = self.task.targets(split, answers[trials[0].number])
         found = {number: self.task.quality(outputs, targets) for number, outputs in answers.items()}
         base = found[trials[0].number].value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,9 +108,11 @@ def _verify(plan: Plan, target: Target, exported: Exported, folder: Path, inputs
     return Verification(len(inputs), error, relative, same)
 
 
-def run_artifact(artifact: Artifact, inputs: np.ndarray, threads: int) -> np.ndarray:
-    """The artifact's answers to float32 (N, C, H, W), at its own batch size."""
-    return _run(Stages(artifact, threads), inputs, artifact.input_shape[0])
+def run_artifact(artifact: Artifact, inputs: np.ndarray | Iterable[np.ndarray], threads: int) -> np.ndarray:
+    """The artifact's answers to float32 (N, C, H, W), or to such parts one after the other, at its own batch size."""
+    graph = Stages(artifact, threads)
+    parts = [inputs] if isinstance(inputs, np.ndarray) else inputs
+    return np.concatenate([_run(graph, part, artifact.input_shape[0]) for part in parts])
 
 
 def _run(graph: Graph, inputs: np.ndarray, batch: int) -> np.ndarray:

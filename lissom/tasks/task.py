@@ -15,7 +15,7 @@ from lissom.images import Preprocessing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Quality", "Split", "Task", "wilson"]
+__all__ = ["Quality", "Split", "Task", "batches", "wilson"]
 
 
 class Split(Protocol):
