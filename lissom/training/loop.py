@@ -243,6 +243,20 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
         fabric.strategy.precision.load_state_dict(run.state["precision"])
         history, step, spent, stopped = (run.state[k] for k in ("history", "step", "seconds", "stopped"))
 
+    def save() -> None:
+        if run.folder is not None and fabric.is_global_zero:
+            state = {
+                "settings": asdict(job),
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "precision": fabric.strategy.precision.state_dict(),
+                "history": history,
+                "step": step,
+                "seconds": spent,
+                "stopped": stopped,
+            }
+            save_checkpoint(run.folder, state)
+
     with _quiet_randomness(), _threads(run.threads):
         for epoch in range(len(history), job.epochs):
             if stopped or step >= steps:
@@ -286,6 +300,8 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
                 if done % 20 == 0:
                     _check_finite(fabric, total, epoch, job)
             if done == 0:
+                if history:
+                    save()  # that time is over is part of the result: a resumed run must not find some left
                 break
             mean = _check_finite(fabric, total, epoch, job) / done
             quality = _quality(fabric, model, task, method, max(size, 64))
@@ -294,20 +310,7 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
             if not stopped and step >= steps and epoch + 1 < job.epochs:
                 stopped = "steps"
             history.append({"epoch": epoch + 1, "loss": mean, "quality": quality, "lr": rate, "seconds": seconds})
-            if run.folder is not None and fabric.is_global_zero:
-                save_checkpoint(
-                    run.folder,
-                    {
-                        "settings": asdict(job),
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "precision": fabric.strategy.precision.state_dict(),
-                        "history": history,
-                        "step": step,
-                        "seconds": spent,
-                        "stopped": stopped,
-                    },
-                )
+            save()
             fabric.barrier()
             if progress is not None and fabric.is_global_zero:
                 progress(FitEvent(epoch + 1, job.epochs, mean, quality, seconds))
