@@ -29,8 +29,9 @@ def fit(
 ) -> None:
     """Train a model; the weights of the last epoch are written to OUT/model.safetensors.
 
-    Where the model has another number of outputs than the data have classes, it gets a new head. A tenth of the
-    training data is kept out to judge each epoch; the test data are read once, at the end.
+    Data with masks train a network that answers with one map a class (vit_segmenter). Where a classifier has another
+    number of outputs than the data have classes, it gets a new head. A tenth of the training data is kept out to judge
+    each epoch; the test data are read once, at the end.
     """
     import json
     import warnings
@@ -45,7 +46,7 @@ def fit(
     from lissom.errors import LissomError
     from lissom.models.factory import load_model, num_outputs, with_head
     from lissom.runtime.artifact import write_atomic
-    from lissom.tasks.classification import make_task
+    from lissom.tasks.of_data import task_of
     from lissom.training.checkpoint import write_file
     from lissom.training.loop import FitEvent, evaluate
     from lissom.training.loop import fit as train
@@ -56,10 +57,9 @@ def fit(
     found = read(data)
     loaded = load_model(model, arch=arch, weights=weights, num_classes=len(found.classes) or None, seed=seed)
     preprocessing = loaded.preprocessing(found.image_size)
-    trainable = found.train is not None and found.train.labels is not None
-    task = make_task(found, preprocessing=preprocessing, trained_here=trainable, seed=seed)
+    task = task_of(found, preprocessing=preprocessing, trained_here=found.trainable, seed=seed)
     network = loaded.model
-    if found.classes and num_outputs(network, task.shape) != len(found.classes):
+    if task.kind == "classification" and found.classes and num_outputs(network, task.shape) != len(found.classes):
         network = with_head(network, len(found.classes), seed)
         remarks.print(f"the head is new: {len(found.classes)} outputs")
 

@@ -1,4 +1,8 @@
-"""Images in folders: ``train/``, ``val/`` and ``test/`` of class folders, or one folder of unlabelled images."""
+"""Images in folders: ``train/``, ``val/`` and ``test/`` of class folders or of images and masks; or one folder.
+
+One folder alone holds unlabelled images. A class's images lie in a folder of their own below the split's; a split with
+masks holds the two folders ``images/`` and ``masks/``, in which a file and its mask have the same name before the dot.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from lissom.data.masks import MaskedImages
 from lissom.data.splits import Images
 from lissom.errors import LissomError
 
-__all__ = ["SPLITS", "SUFFIXES", "read_class_folders", "read_images"]
+__all__ = ["SPLITS", "SUFFIXES", "has_mask_folders", "read_class_folders", "read_images", "read_mask_folders"]
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm")  # those that keep every index
 
 
 def _folders(path: Path) -> list[str]:
@@ -72,6 +78,46 @@ def read_class_folders(path: Path) -> tuple[tuple[str, ...], dict[str, Images]]:
             labels += [classes.index(name)] * len(found)
         splits[split] = Images.of(split, files, np.array(labels, np.int64), root=path)
     return classes, splits
+
+
+def has_mask_folders(path: Path) -> bool:
+    """Whether a split of ``path`` holds ``images/`` and ``masks/``, and no other folder."""
+    return any(_folders(path / name) == ["images", "masks"] for name in SPLITS if (path / name).is_dir())
+
+
+def read_mask_folders(path: Path) -> dict[str, MaskedImages]:
+    """The splits of ``path/{train,val,test}/{images,masks}/*.png``; a mask has the name of its image.
+
+    What has no partner is listed all the same, so that it is named when the split is decoded. Raises LissomError for a
+    split without one of the folders, without images, and for two files of one name.
+    """
+    splits: dict[str, MaskedImages] = {}
+    for split in (name for name in SPLITS if (path / name).is_dir()):
+        for part in ("images", "masks"):
+            if not (path / split / part).is_dir():
+                raise LissomError(f"{path / split} has no {part}/ and another split has; give it one, or remove it")
+        images = _by_stem(path / split / "images", SUFFIXES)
+        masks = _by_stem(path / split / "masks", MASK_SUFFIXES)
+        if not images:
+            raise LissomError(f"{path / split / 'images'} holds no image ({', '.join(SUFFIXES)}); add some")
+        stems = sorted(images.keys() | masks.keys())
+        splits[split] = MaskedImages.pairs(
+            split, [images.get(stem) for stem in stems], [masks.get(stem) for stem in stems], root=path
+        )
+    return splits
+
+
+def _by_stem(path: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for file in _images(path):
+        if file.suffix.lower() not in suffixes:
+            continue
+        if file.stem in found:
+            raise LissomError(
+                f"{path} holds {found[file.stem].name} and {file.name}; give each image a name of its own"
+            )
+        found[file.stem] = file
+    return found
 
 
 def _few(names: tuple[str, ...] | list[str], most: int = 8) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lissom.data.folders import SPLITS, read_class_folders, read_images
+from lissom.data.folders import SPLITS, has_mask_folders, read_class_folders, read_images, read_mask_folders
+from lissom.data.masks import MaskedImages, Naming, check_masks, naming_of
 from lissom.data.splits import ArraySplit, Images, allocate
-from lissom.data.tables import read_table
+from lissom.data.tables import has_masks, read_mask_table, read_table
 from lissom.errors import LissomError
 from lissom.usercode import is_reference, load_function
 
@@ -24,10 +25,11 @@ DIGITS_SEED = 0
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """A data set as it was found: class names, and the splits that there are, each ``Images`` or ``ArraySplit``.
+    """A data set as it was found: class names, and the splits that there are.
 
-    All splits are of one kind. Data without labels may have a single split (``val``), which
-    ``lissom.tasks.classification.make_task`` divides.
+    A split is ``Images`` (``MaskedImages`` where each has a mask) or ``ArraySplit``; all are of one kind. ``ignore`` is
+    the index in masks that counts nowhere; None where there are no masks. Data without labels may have a single split
+    (``val``), which ``lissom.tasks.of_data.task_of`` divides.
     """
 
     name: str
@@ -35,6 +37,7 @@ class DataSet:
     train: Images | ArraySplit | None = None
     val: Images | ArraySplit | None = None
     test: Images | ArraySplit | None = None
+    ignore: int | None = None
 
     @property
     def splits(self) -> dict[str, Images | ArraySplit]:
@@ -46,7 +49,21 @@ class DataSet:
     def labelled(self) -> bool:
         """Whether what models are judged by has labels."""
         judged = [s for s in (self.val, self.test) if s is not None]
-        return bool(judged) and all(s.labels is not None for s in judged)
+        return bool(judged) and all(s.labelled for s in judged)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there is a training split with labels."""
+        return self.train is not None and self.train.labelled
+
+    @property
+    def kind(self) -> str:
+        """The kind of task that the labels are for: ``segmentation`` for masks, else ``classification``."""
+        for split in self.splits.values():
+            maps = isinstance(split, ArraySplit) and split.labels is not None and split.labels.ndim > 1
+            if maps or isinstance(split, MaskedImages):
+                return "segmentation"
+        return "classification"
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -64,15 +81,18 @@ def read(source: Any) -> DataSet:
 
     - ``"digits"``: scikit-learn's 1,797 handwritten digits at 32 x 32, in RGB, a fifth of them as ``test``;
     - a folder with ``train/`` and ``val/`` (and ``test/``) of class folders;
+    - the same with ``images/`` and ``masks/`` in each split, in place of the class folders: a mask has its image's name
+      and size, and its pixels are class indices (see ``lissom.data.masks``, also for class names);
     - a folder of images without labels;
-    - a folder with ``train.parquet`` and ``val.parquet`` (and ``test.parquet``), columns ``image`` and ``label``;
+    - a folder with ``train.parquet`` and ``val.parquet`` (and ``test.parquet``), columns ``image`` and ``label``, or
+      ``image`` and ``mask``;
     - ``"file.py:function"``, a function without arguments that returns one of the following;
     - a ``DataSet``;
     - ``{"train": split, "val": split, "test": split}``, or the tuple (train, val) or (train, val, test), where a split
-      is a torch-style data set (``len`` and ``[i]``) of (image, label) or of images alone, a tuple of arrays (inputs,
-      labels), or an array of inputs. An image is a float tensor (C, H, W), already normalised as the model wants it,
-      or else a Pillow image or a uint8 array (H, W, C), which lissom resizes and normalises. Float tensors are read
-      once, so that random augmentation in a data set is frozen.
+      is ``Images`` or ``MaskedImages``, a torch-style data set (``len`` and ``[i]``) of (image, label) or of images
+      alone, a tuple of arrays (inputs, labels), or an array of inputs. An image is a float tensor (C, H, W), already
+      normalised as the model wants it, or else a Pillow image or a uint8 array (H, W, C), which lissom resizes and
+      normalises. Float tensors are read once, so that random augmentation in a data set is frozen.
 
     ``test/`` stands in for a missing ``val/``. Raises LissomError where something is missing or does not fit together.
     """
@@ -137,7 +157,7 @@ def _from_function(reference: str) -> DataSet:
     if isinstance(found, str | Path):
         raise LissomError(f'{reference} returned {found!r}; data sets are wanted, as {{"train": ..., "val": ...}}')
     data = read(found)
-    return DataSet(Path(reference.rpartition(":")[0]).stem, data.classes, data.train, data.val, data.test)
+    return replace(data, name=Path(reference.rpartition(":")[0]).stem)
 
 
 def _from_folder(path: Path, text: str) -> DataSet:
@@ -154,11 +174,18 @@ def _from_folder(path: Path, text: str) -> DataSet:
     folders = [split for split in SPLITS if (path / split).is_dir()]
     if tables:
         _require_judged(tables, text, listed, ".parquet")
+        if any(has_masks(path / f"{split}.parquet") for split in tables):
+            read_masks = {split: read_mask_table(path / f"{split}.parquet", split) for split in tables}
+            said = next((metadata for metadata, _ in read_masks.values() if b"classes" in metadata), None)
+            masked = {split: images for split, (_, images) in read_masks.items()}
+            return _checked_masks(name, naming_of(path, said), masked, text)
         read_tables = {split: read_table(path / f"{split}.parquet", split) for split in tables}
         names = next((classes for classes, _ in read_tables.values() if classes), ())
         return _checked(name, names, {split: images for split, (_, images) in read_tables.items()}, text)
     if folders:
         _require_judged(folders, text, listed, "/")
+        if has_mask_folders(path):
+            return _checked_masks(name, naming_of(path), read_mask_folders(path), text)
         classes, splits = read_class_folders(path)
         return _checked(name, classes, splits, text)
     images = read_images(path)
@@ -202,6 +229,9 @@ def _from_python(source: Any) -> DataSet:
     if len(kinds) > 1 or len(shapes) > 1:
         found = ", ".join(f"{k}: {s.shape if isinstance(s, ArraySplit) else 'images'}" for k, s in splits.items())
         raise LissomError(f"the splits do not hold the same kind of input ({found}); give all in one form")
+    masked = {key: split for key, split in splits.items() if isinstance(split, MaskedImages)}
+    if masked:
+        return _checked_masks("data", None, masked, "the data")
     first = next(iter(named.values()))
     classes = getattr(first, "classes", None) or ()
     classes = tuple(str(c) for c in classes) if isinstance(classes, list | tuple) else ()
@@ -213,7 +243,7 @@ def _checked(name: str, classes: tuple[str, ...], splits: Mapping[str, Images | 
 
     Without class names, the classes are 0 to the largest label of ``train`` (of the first split, without it).
     """
-    data = DataSet(name, classes, **splits)
+    data = DataSet(name, classes, splits.get("train"), splits.get("val"), splits.get("test"))
     judged = [key for key in ("val", "test") if key in splits]
     if not data.labelled:
         bare = [key for key in judged if splits[key].labels is None]
@@ -239,7 +269,13 @@ def _checked(name: str, classes: tuple[str, ...], splits: Mapping[str, Images | 
             empty = int(counts.argmin())
             label = classes[empty] if classes[empty] == str(empty) else f"{classes[empty]!r} (label {empty})"
             raise LissomError(f"the class {label} is empty in the split 'train' of {text}; number classes without gaps")
-    return DataSet(name, classes, **splits)
+    return replace(data, classes=classes)
+
+
+def _checked_masks(name: str, naming: Naming | None, splits: Mapping[str, MaskedImages], text: str) -> DataSet:
+    """The data set, its masks held against the classes that ``naming`` or the masks themselves tell."""
+    classes, ignore = check_masks(splits, naming, text)
+    return DataSet(name, classes, splits.get("train"), splits.get("val"), splits.get("test"), ignore)
 
 
 # Splits from Python

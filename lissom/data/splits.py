@@ -1,7 +1,7 @@
 """The two kinds of split: images decoded when they are needed, and inputs that are tensors already.
 
-Both satisfy ``lissom.tasks.task.Split``. Rows are always drawn from what the source listed, before anything is decoded,
-so that a sample is the same whether or not the split was decoded before.
+Images with masks are in ``lissom.data.masks``. All satisfy ``lissom.tasks.task.Split``. Rows are always drawn from what
+the source listed, before anything is decoded, so that a sample is the same whether or not the split was decoded before.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from lissom.errors import LissomError
 from lissom.images import Preprocessing, open_image
 
-__all__ = ["RAM_LIMIT", "ArraySplit", "Images", "PixelSplit", "allocate", "draw"]
+__all__ = ["RAM_LIMIT", "ArraySplit", "Images", "PixelSplit", "WrongData", "allocate", "draw"]
 
 RAM_LIMIT = 2 * 10**9  # bytes; a larger array lies in a temporary file
 NAMED = 5  # how many left-out images a warning names
 CHUNK = 16  # images a thread decodes at a time: neighbours, that lie in one row group of a Parquet file
+
+
+class WrongData(LissomError):
+    """Data that contradict themselves. Decoding stops with it, where a broken file alone would be left out."""
 
 
 def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -87,7 +91,12 @@ class Images:
         """int64 (N,), or None."""
         return None if self.targets is None else self.targets[self.rows]
 
-    def take(self, rows: np.ndarray, name: str | None = None) -> Images:
+    @property
+    def labelled(self) -> bool:
+        """Whether it is known what a model should answer."""
+        return self.targets is not None
+
+    def take(self, rows: np.ndarray, name: str | None = None) -> Self:
         """The same list with only ``rows`` (positions in this list)."""
         return replace(self, rows=self.rows[rows], name=name or self.name)
 
@@ -132,8 +141,8 @@ class PixelSplit:
         self.preprocessing = preprocessing
         self.skipped: list[tuple[str, str]] = []
         self._images = images
-        self._kept = np.arange(0)  # positions in _images of the rows of _pixels
-        self._pixels: np.ndarray | None = None
+        self._kept = np.arange(0)  # positions in _images of the rows of _stored
+        self._stored: tuple[np.ndarray, ...] | None = None  # the pixels, and what a subclass decodes beside them
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -142,11 +151,7 @@ class PixelSplit:
     @property
     def pixels(self) -> np.ndarray:
         """uint8 (N, H, W, C), before normalisation: what augmentation works on."""
-        with self._lock:
-            if self._pixels is None:
-                self._decode()
-            assert self._pixels is not None
-            return self._pixels
+        return self._decoded()[0]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -163,27 +168,51 @@ class PixelSplit:
         """float32 (n, C, H, W), normalised."""
         return self.preprocessing.normalise(self.pixels[indices])
 
-    def sample(self, count: int, seed: int) -> PixelSplit:
+    def sample(self, count: int, seed: int) -> Self:
         """At most ``count`` rows less the broken ones, the same for the same seed; only they are decoded."""
         rows = draw(len(self._images), count, seed)
-        drawn = PixelSplit(self._images.take(rows), self.preprocessing)
-        if self._pixels is not None:
+        drawn = self._part(rows)
+        if self._stored is not None:
             good = np.isin(self._kept, rows)
-            drawn._pixels = self._pixels[good]
+            drawn._stored = tuple(store[good] for store in self._stored)
             drawn._kept = np.flatnonzero(np.isin(rows, self._kept))
             bad = {self._images.describe(int(row)) for row in np.setdiff1d(rows, self._kept)}
             drawn.skipped = [entry for entry in self.skipped if entry[0] in bad]
         return drawn
 
-    def _decode(self) -> None:
-        p, total = self.preprocessing, len(self._images)
-        store = allocate((total, p.height, p.width, p.channels), np.uint8)
+    # What a split that decodes more than pixels replaces.
+
+    def _part(self, rows: np.ndarray) -> Self:
+        """A split of the same kind with only ``rows`` of the images, not decoded."""
+        return type(self)(self._images.take(rows), self.preprocessing)
+
+    def _forms(self) -> list[tuple[tuple[int, ...], Any]]:
+        """Shape and type of one row of each array that is decoded."""
+        p = self.preprocessing
+        return [((p.height, p.width, p.channels), np.uint8)]
+
+    def _row(self, i: int) -> tuple[np.ndarray, ...]:
+        """The i-th image decoded: one value for each of ``_forms``. Raises where it is broken, with the reason."""
+        return (self.preprocessing.pixels(self._images.open(i)),)
+
+    def _decoded(self) -> tuple[np.ndarray, ...]:
+        with self._lock:
+            if self._stored is None:
+                self._stored = self._decode()
+            return self._stored
+
+    def _decode(self) -> tuple[np.ndarray, ...]:
+        total = len(self._images)
+        stores = [allocate((total, *shape), kind) for shape, kind in self._forms()]
 
         def decode(start: int) -> list[tuple[int, str]]:
             broken = []
             for i in range(start, min(start + CHUNK, total)):
                 try:
-                    store[i] = p.pixels(self._images.open(i))
+                    for store, value in zip(stores, self._row(i), strict=True):
+                        store[i] = value
+                except WrongData:
+                    raise
                 except LissomError as error:
                     broken.append((i, str(error)))
                 except Exception as error:  # a decoded image that cannot be converted or resized is broken as well
@@ -199,15 +228,20 @@ class PixelSplit:
             raise LissomError(f"not one of the {total} images of {self.name} can be read: {named}")
         if broken:
             more = f", and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-            warnings.warn(f"{self.name}: {len(broken)} of {total} images were left out: {named}{more}", stacklevel=4)
-            for place, i in enumerate(kept):  # closed up in place: a copy may not fit in RAM
-                if place != i:
-                    store[place] = store[i]
-        self._kept, self._pixels = kept, store[: len(kept)]
+            warnings.warn(f"{self.name}: {len(broken)} of {total} images were left out: {named}{more}", stacklevel=5)
+            for store in stores:
+                for place, i in enumerate(kept):  # closed up in place: a copy may not fit in RAM
+                    if place != i:
+                        store[place] = store[i]
+        self._kept = kept
+        return tuple(store[: len(kept)] for store in stores)
 
 
 class ArraySplit:
-    """Inputs that are tensors already: float32 (N, C, H, W) as the model wants them, with labels int64 (N,) or None."""
+    """Inputs that are tensors already: float32 (N, C, H, W) as the model wants them.
+
+    ``labels`` is int64 (N,), masks of class indices uint8 (N, H, W), or None.
+    """
 
     def __init__(self, name: str, array: np.ndarray, labels: np.ndarray | None = None) -> None:
         self.name = name
@@ -226,6 +260,11 @@ class ArraySplit:
     @property
     def labels(self) -> np.ndarray | None:
         return self._labels
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is known what a model should answer."""
+        return self._labels is not None
 
     def __len__(self) -> int:
         return len(self._array)

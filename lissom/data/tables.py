@@ -1,8 +1,8 @@
-"""Images in Parquet: ``train.parquet``, ``val.parquet`` and ``test.parquet`` with the columns image and label.
+"""Images in Parquet: ``train.parquet``, ``val.parquet`` and ``test.parquet`` with the columns image and label, or mask.
 
 ``image`` holds encoded images, as binary or as a struct with a binary field ``bytes`` (the form of Hugging Face
-datasets); ``label`` holds integers from 0. Class names are read from the file's own ``huggingface`` metadata where it
-has them.
+datasets); ``label`` holds integers from 0, ``mask`` encoded masks in the form of ``image``. Class names of labels are
+read from the file's own ``huggingface`` metadata where it has them, those of masks as ``lissom.data.masks`` says.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from lissom.data.masks import MaskedImages
 from lissom.data.splits import Images
 from lissom.errors import LissomError
 
-__all__ = ["read_table"]
+__all__ = ["has_masks", "read_mask_table", "read_table"]
 
 KEPT_GROUPS = 4  # row groups in memory: threads decode neighbouring rows, in few groups at a time
 
 
 class _ImageColumn(Sequence):
-    """The encoded images of a Parquet file, a few row groups in memory at a time. Safe to read from several threads."""
+    """A column of encoded images, a few row groups in memory at a time. Safe to read from several threads."""
 
-    def __init__(self, path: Path, groups: list[int]) -> None:
+    def __init__(self, path: Path, groups: list[int], column: str = "image") -> None:
         self._path = path
+        self._column = column
         self._starts = np.cumsum([0, *groups])
         self._groups: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -48,10 +50,10 @@ class _ImageColumn(Sequence):
                 while len(self._groups) >= KEPT_GROUPS:
                     del self._groups[next(iter(self._groups))]
                 try:
-                    table = pq.ParquetFile(self._path).read_row_group(number, columns=["image"])
+                    table = pq.ParquetFile(self._path).read_row_group(number, columns=[self._column])
                 except Exception as error:
                     raise LissomError(f"row group {number} of {self._path.name} cannot be read ({error})") from error
-                self._groups[number] = table.column("image").combine_chunks()
+                self._groups[number] = table.column(self._column).combine_chunks()
             return self._groups[number]
 
 
@@ -61,22 +63,11 @@ def read_table(path: Path, split: str) -> tuple[tuple[str, ...], Images]:
     Raises LissomError where the file is no Parquet, lacks a column, or a label is missing, no integer, or negative.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    except Exception as error:  # pyarrow raises its own kinds and OSError, by the place of the damage
-        raise LissomError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    for column in ("image", "label"):
-        if column not in schema.names:
-            raise LissomError(f"{path} has no column {column!r} (it has: {', '.join(schema.names)}); rename one to it")
-    kind = schema.field("image").type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise LissomError(f"the column image of {path} holds {kind}; encoded images as binary are wanted")
+    file = _opened(path)
+    schema = file.schema_arrow
+    _require(schema, path, ("image", "label"))
+    images = _encoded(file, path, "image")
     if not pa.types.is_integer(schema.field("label").type):
         raise LissomError(
             f"the column label of {path} holds {schema.field('label').type}; integers from 0 are wanted, one a class"
@@ -90,7 +81,57 @@ def read_table(path: Path, split: str) -> tuple[tuple[str, ...], Images]:
     if column.null_count:
         raise LissomError(f"{column.null_count} rows of {path} have no label; give each one, or leave the rows out")
     labels = column.to_numpy().astype(np.int64)
-    return _class_names(schema.metadata), Images.of(split, _ImageColumn(path, groups), labels)
+    return _class_names(schema.metadata), Images.of(split, images, labels)
+
+
+def has_masks(path: Path) -> bool:
+    """Whether a Parquet file has the column mask, and no label. Raises LissomError where it is no Parquet."""
+    names = _opened(path).schema_arrow.names
+    return "mask" in names and "label" not in names
+
+
+def read_mask_table(path: Path, split: str) -> tuple[dict[bytes, bytes], MaskedImages]:
+    """The schema's metadata, and the images and masks of one Parquet file; their bytes stay on disk.
+
+    Raises LissomError where the file is no Parquet, holds no rows, or lacks a column or holds another kind in it.
+    """
+    file = _opened(path)
+    _require(file.schema_arrow, path, ("image", "mask"))
+    images, masks = (_encoded(file, path, column) for column in ("image", "mask"))
+    if len(images) == 0:
+        raise LissomError(f"{path} holds no rows")
+    return file.schema_arrow.metadata or {}, MaskedImages.pairs(split, images, masks)
+
+
+def _opened(path: Path) -> Any:
+    """The Parquet file, its schema and its row groups read."""
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        file.schema_arrow  # noqa: B018 - damage shows here, and in the next line
+        [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    except Exception as error:  # pyarrow raises its own kinds and OSError, by the place of the damage
+        raise LissomError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return file
+
+
+def _require(schema: Any, path: Path, columns: tuple[str, ...]) -> None:
+    for column in columns:
+        if column not in schema.names:
+            raise LissomError(f"{path} has no column {column!r} (it has: {', '.join(schema.names)}); rename one to it")
+
+
+def _encoded(file: Any, path: Path, column: str) -> _ImageColumn:
+    """The column of encoded images, its type checked."""
+    import pyarrow as pa
+
+    kind = file.schema_arrow.field(column).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise LissomError(f"the column {column} of {path} holds {kind}; encoded images as binary are wanted")
+    return _ImageColumn(path, [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)], column)
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:

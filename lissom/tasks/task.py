@@ -21,7 +21,8 @@ __all__ = ["Quality", "Split", "Task", "batches", "wilson"]
 class Split(Protocol):
     """One split of a data set, ready for the model.
 
-    ``labels`` is int64 (N,), or None where the data have none; ``skipped`` names what was left out and why.
+    ``labels`` is int64 (N,), masks of class indices uint8 (N, H, W), or None where the data have none; ``skipped``
+    names what was left out and why.
     """
 
     name: str
@@ -104,6 +105,14 @@ class Task:
         """One score in [0, 1] a sample: outputs (N, classes), targets int64 (N,)."""
         return (outputs.argmax(-1) == targets).astype(np.float64)
 
+    def reduce(self, outputs: np.ndarray) -> np.ndarray:
+        """What is kept of a part's answers (n, ...): here all of them.
+
+        Called on each part before a split's answers are put together, by whoever collects them; ``targets``,
+        ``scores`` and ``quality`` take what it returns. A task whose answers are large keeps less: their best classes.
+        """
+        return outputs
+
     def targets(self, split: Split, original: np.ndarray) -> np.ndarray:
         """What ``scores`` compares with: the labels, or the original model's own answers where there are none."""
         return split.labels if split.labels is not None else original.argmax(-1)
@@ -122,6 +131,11 @@ class Task:
                 f"the model has {outputs} outputs and the data have {known} classes; "
                 f"give a model with {known} outputs, or --train EPOCHS to train a new head"
             )
+
+    def check_answer(self, shape: tuple[int, ...]) -> None:
+        """Raise LissomError where a model whose answers are of ``shape`` (B, ...) cannot serve this task."""
+        if self.kind == "classification" and len(shape) == 2:
+            self.check_outputs(shape[1])
 
     def with_splits(self, **splits: Any) -> Task:
         """The same task on other splits."""

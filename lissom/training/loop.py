@@ -24,8 +24,9 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from lissom.errors import LissomError
+from lissom.layers.exits import exits_of
 from lissom.tasks.task import Quality, Split, Task, batches
-from lissom.training.augmentation import augment_images, draw
+from lissom.training.augmentation import augment_images, augment_masks, draw
 from lissom.training.checkpoint import CHECKPOINT, check_settings, load_checkpoint, save_checkpoint
 from lissom.training.methods.base import Method, method_of
 from lissom.usercode import load_function
@@ -127,7 +128,8 @@ def fit(
 
     ``parameters(name, parameter)`` says which parameters train (all); a BatchNorm without any stays in eval mode.
     ``augment`` shifts images by up to an eighth of their side, ``flip`` mirrors half of them as well (leave it off
-    where left and right carry meaning, as in digits); None means: for image classification.
+    where left and right carry meaning, as in digits); masks move with their images. None means: for classification of
+    images, and segmentation with masks of the images' size.
 
     ``time_limit`` in seconds (over all resumed parts) and ``max_steps`` shorten the schedule itself, so that the
     learning rate has reached zero when they end training. A run with a time limit depends on the machine's speed.
@@ -146,8 +148,8 @@ def fit(
     method = method_of(method)
     processes = _processes(devices)
     if augment is None:
-        augment = task.kind == "classification" and len(task.shape) == 3
-    elif augment and (task.kind != "classification" or len(task.shape) != 3):
+        augment = _can_move(task, task.fit)
+    elif augment and not _can_move(task, task.fit):
         raise LissomError("augmentation moves images; for another task augment inside the split and give augment=False")
     for wrong, sentence in (
         (epochs < 1, f"epochs is {epochs}; it is at least 1"),
@@ -206,6 +208,15 @@ def fit(
         model.to(home)
     model.eval()
     return FitResult(model, tuple(outcome["history"]), outcome["seconds"], outcome["stopped"])
+
+
+def _can_move(task: Task, split: Split) -> bool:
+    """Whether augmentation knows how the inputs move, and the targets with them."""
+    if len(task.shape) != 3:
+        return False
+    if task.kind == "segmentation":
+        return split.labels is None or split.labels.shape[1:] == tuple(task.shape[1:])
+    return task.kind == "classification"
 
 
 @dataclass(frozen=True)
@@ -282,12 +293,16 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
                 mine = slice(fabric.global_rank, None, fabric.world_size)
                 indices = order[position : position + size][mine]
                 inputs = torch.from_numpy(task.fit.inputs(indices.numpy()))
+                targets = labels[indices] if labels is not None else None
                 if job.augment:
                     # Drawn for the whole batch, so that the number of processes changes nothing.
                     draws = draw(size, inputs.shape[-2], inputs.shape[-1], job.flip, moves)
-                    inputs = augment_images(inputs, tuple(d[mine] for d in draws))  # type: ignore[arg-type]
+                    own = draws[0][mine], draws[1][mine], draws[2][mine]
+                    inputs = augment_images(inputs, own)
+                    if targets is not None and targets.ndim == 3:
+                        targets = augment_masks(targets, own)
                 inputs = inputs.to(fabric.device, non_blocking=True)
-                targets = labels[indices].to(fabric.device) if labels is not None else None
+                targets = targets.to(fabric.device) if targets is not None else None
 
                 optimizer.zero_grad(set_to_none=True)
                 loss = method.loss(module, inputs, targets, task)
@@ -328,12 +343,15 @@ def evaluate(
     """
     if split.labels is None and original is None:
         raise LissomError("without labels quality is agreement with the original model: give original=")
-    outputs = _outputs(model, split, batch)
-    answers = _outputs(original, split, batch) if split.labels is None and original is not None else outputs
+    outputs = _outputs(model, split, batch, task.reduce)
+    answers = outputs
+    if split.labels is None and original is not None:
+        answers = _outputs(original, split, batch, task.reduce)
     return task.quality(outputs, task.targets(split, answers))
 
 
-def _outputs(model: nn.Module, split: Split, batch: int) -> np.ndarray:
+def _outputs(model: nn.Module, split: Split, batch: int, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The model's answers to a split, of each part what ``reduce`` keeps."""
     device = next(model.parameters()).device
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
@@ -342,11 +360,13 @@ def _outputs(model: nn.Module, split: Split, batch: int) -> np.ndarray:
         with torch.no_grad():
             for x in batches(split, batch):
                 output = model(torch.from_numpy(x).to(device))
+                if exits_of(model) is not None:
+                    output = output[-1]  # the model's own answer stands behind its exits'
                 if not isinstance(output, torch.Tensor):
                     raise LissomError(
                         f"the model answers with {type(output).__name__}; wrap it to answer with one tensor"
                     )
-                parts.append(output.float().cpu().numpy())
+                parts.append(reduce(output.float().cpu().numpy()))
     finally:
         for name, module in model.named_modules():
             module.training = modes[name]
@@ -543,9 +563,8 @@ def _check_model(model: nn.Module, task: Task, batch: int) -> None:
         raise LissomError("a model with BatchNorm cannot train on batches of one sample; give a batch of at least 2")
     assert task.fit is not None
     try:
-        outputs = _outputs(model, task.fit.sample(1, 0), 1)
+        outputs = _outputs(model, task.fit.sample(1, 0), 1, lambda answers: answers)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise LissomError(f"the model does not take inputs of shape {tuple(task.shape)}: {reason}") from error
-    if task.kind == "classification" and outputs.ndim == 2:
-        task.check_outputs(outputs.shape[1])
+    task.check_answer(outputs.shape)

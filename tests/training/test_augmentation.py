@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lissom.training.augmentation import augment_images, draw
+from lissom.training.augmentation import augment_images, augment_masks, draw
 
 
 def test_each_image_is_shifted_and_mirrored_as_drawn():
@@ -39,3 +39,23 @@ def test_draws_cover_their_range_and_depend_on_the_generator_alone():
 def test_small_images_pass():
     images = torch.rand(3, 1, 4, 4)
     assert torch.equal(augment_images(images, draw(3, 4, 4, False, torch.Generator())), images)
+
+
+def test_masks_move_with_their_images():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.randint(0, 12, (20, 16, 24), dtype=torch.uint8, generator=generator)
+    draws = draw(20, 16, 24, True, generator)
+    moved = augment_masks(masks, draws)
+    assert moved.dtype == torch.uint8
+    assert torch.equal(moved, augment_images(masks[:, None].float(), draws)[:, 0].to(torch.uint8))
+    assert not torch.equal(moved, masks)
+
+
+def test_beyond_the_edge_stands_the_edge():
+    """The same as padding by repeating the edge, and cropping."""
+    images = torch.rand(6, 3, 16, 24)
+    down, right, mirrored = draw(6, 16, 24, True, torch.Generator().manual_seed(1))
+    padded = torch.nn.functional.pad(images, (2,) * 4, mode="replicate")
+    for i, moved in enumerate(augment_images(images, (down, right, mirrored))):
+        expected = padded[i, :, down[i] : down[i] + 16, right[i] : right[i] + 24]
+        assert torch.equal(moved, expected.flip(-1) if mirrored[i] else expected)

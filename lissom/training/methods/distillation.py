@@ -60,16 +60,9 @@ class Distillation(Method):
         answers = _answer(self.teacher.to(inputs.device), inputs)  # (B, classes)
         outputs = model(inputs)
         t = self.temperature
-        soft = (
-            t
-            * t
-            * functional.kl_div(
-                functional.log_softmax(outputs / t, -1),
-                functional.log_softmax(answers / t, -1),
-                reduction="batchmean",
-                log_target=True,
-            )
-        )
+        # Over classes, which are dimension 1 of answers (B, classes) and of maps (B, classes, H, W) alike.
+        own, given = functional.log_softmax(outputs / t, 1), functional.log_softmax(answers / t, 1)
+        soft = t * t * functional.kl_div(own, given, reduction="none", log_target=True).sum(1).mean()
         if targets is None or self.alpha == 1:
             return soft
         return self.alpha * soft + (1 - self.alpha) * task.loss(outputs, targets)

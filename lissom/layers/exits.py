@@ -1,0 +1,131 @@
+"""Early exits on a model as it stands: heads that read the outputs of some of its modules, attached by hooks.
+
+The model keeps its class, its modules and their paths; the heads are registered under ``exits``. Its answer becomes a
+tuple: one answer an exit in order of execution, then its own. In training a head reads a detached copy of its module's
+output, so that heads learn and the rest does not feel them; ``detached=False`` trains both through each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lissom.errors import LissomError
+
+__all__ = ["Exits", "attach_exits", "exits_of", "remove_exits"]
+
+NAME = "exits"
+
+
+class Exits(nn.Module):
+    """The heads of a model with exits; ``positions`` are the paths of the modules they read, in order of execution.
+
+    A head takes what its module answers (a tensor) and returns logits (B, classes). ``steps`` counts training steps
+    for methods that alternate by step; it is a buffer, so that a resumed training goes on counting.
+    """
+
+    steps: torch.Tensor
+
+    def __init__(self, positions: Sequence[str], heads: Sequence[nn.Module], detached: bool = True) -> None:
+        super().__init__()
+        if len(positions) != len(heads) or len(set(positions)) != len(positions):
+            raise ValueError(f"{len(heads)} heads for {len(positions)} positions, each of which is named once")
+        self.positions = tuple(positions)
+        self.heads = nn.ModuleList(heads)
+        self.detached = detached
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.seen: dict[int, torch.Tensor] = {}  # exit -> what its module answered in the forward pass under way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as it is: a model that calls all its children in turn (nn.Sequential) calls this one too."""
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which take nothing of a forward pass along."""
+        return {**self.__dict__, "seen": {}}
+
+    def select(self, positions: Sequence[str]) -> Exits:
+        """The same heads at some of the positions only."""
+        chosen = [p for p in self.positions if p in set(positions)]
+        return Exits(chosen, [self.heads[self.positions.index(p)] for p in chosen], self.detached)
+
+
+class _Start:
+    """Hook before the model's forward pass: what is left of a pass that failed, or of a module run alone, is gone."""
+
+    def __init__(self, exits: Exits) -> None:
+        self.exits = exits
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        self.exits.seen.clear()
+
+
+class _Look:
+    """Forward hook of a module that an exit reads. A class, so that a copy of the model has hooks of its own."""
+
+    def __init__(self, exits: Exits, index: int) -> None:
+        self.exits, self.index = exits, index
+
+    def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"an exit reads one tensor, and {self.exits.positions[self.index]} answers {type(output)}")
+        self.exits.seen[self.index] = output
+
+
+class _Answer:
+    """Forward hook of the model: its answer becomes that of every exit and its own."""
+
+    def __init__(self, exits: Exits) -> None:
+        self.exits = exits
+
+    def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        exits = self.exits
+        answers = []
+        for index, head in enumerate(exits.heads):
+            seen = exits.seen.pop(index, None)
+            if seen is None:
+                raise LissomError(f"an exit reads {exits.positions[index]!r}, which this forward pass did not run")
+            answers.append(head(seen.detach() if exits.detached and seen.requires_grad else seen))
+        return (*answers, output)
+
+
+def attach_exits(model: nn.Module, exits: Exits) -> nn.Module:
+    """Attach ``exits`` to ``model``, in place, and return it; exits it had are removed first.
+
+    Raises ValueError where the model has no module of a position's path, or something else called ``exits``.
+    """
+    remove_exits(model)
+    if hasattr(model, NAME):
+        raise ValueError(f"{type(model).__name__} has something else called {NAME!r}; exits go by that name")
+    modules = dict(model.named_modules())
+    for position in exits.positions:
+        if position not in modules:
+            raise ValueError(f"the model has no module {position!r} for an exit to read")
+    for index, position in enumerate(exits.positions):
+        modules[position].register_forward_hook(_Look(exits, index))
+    model.add_module(NAME, exits)
+    model.register_forward_pre_hook(_Start(exits))
+    model.register_forward_hook(_Answer(exits))
+    return model
+
+
+def exits_of(model: nn.Module) -> Exits | None:
+    """The exits attached to the model, or None."""
+    found = getattr(model, NAME, None)
+    return found if isinstance(found, Exits) else None
+
+
+def remove_exits(model: nn.Module) -> nn.Module:
+    """Take the exits off again, in place: the model answers with one tensor."""
+    if exits_of(model) is None:
+        return model
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Start | _Look | _Answer):
+                    del hooks[key]
+    delattr(model, NAME)
+    return model
