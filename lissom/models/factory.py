@@ -19,6 +19,7 @@ from torch import nn
 
 from lissom.errors import LissomError
 from lissom.images import Preprocessing
+from lissom.layers.low_rank import factorise, published_ranks
 from lissom.registry import find
 from lissom.usercode import is_reference, load_function
 
@@ -117,9 +118,10 @@ def from_published(name: str, state_dict: Mapping[str, torch.Tensor]) -> nn.Modu
     """The network ``name`` with a checkpoint in its publisher's own key names.
 
     Keys are translated by the ``checkpoint_filter_fn`` of the file that the network's class lives in, where it has
-    one. The number of classes and of input channels are the checkpoint's. Index tables that the network makes itself
-    (integer buffers) may be missing. Raises LissomError that lists the keys which are missing, unknown or of another
-    shape.
+    one. The number of classes and of input channels are the checkpoint's. Layers that the checkpoint holds as two thin
+    ones (``<layer>.0.weight``, ``<layer>.1.weight``; see lissom.layers.low_rank) become so. Index tables that the
+    network makes itself (integer buffers) may be missing. Raises LissomError that lists the keys which are missing,
+    unknown or of another shape.
     """
     model = create_model(name)
     state = _translated(model, state_dict, name)
@@ -127,6 +129,7 @@ def from_published(name: str, state_dict: Mapping[str, torch.Tensor]) -> nn.Modu
     if shape:
         model = create_model(name, **shape)
         state = _translated(model, state_dict, name)
+    factorise(model, published_ranks(model, state), "random")
     _load(model, state, name)
     return model
 

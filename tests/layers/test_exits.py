@@ -1,0 +1,178 @@
+"""Exits attached by hooks: answers, gradients, copies, export, and taking them off again."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lissom.errors import LissomError
+from lissom.layers.exits import Exits, attach_exits, exits_of, remove_exits
+
+
+class Net(nn.Module):
+    """Two layers and a head; ``skip`` leaves the second out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.inner = nn.ModuleDict({"second": nn.Linear(6, 6)})
+        self.head = nn.Linear(6, 3)
+        self.skip = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.head(x if self.skip else self.inner["second"](x).relu())
+
+
+POSITIONS = ("first", "inner.second")
+
+
+def with_exits(detached: bool = True) -> Net:
+    torch.manual_seed(0)
+    return attach_exits(Net(), Exits(POSITIONS, [nn.Linear(6, 3), nn.Linear(6, 3)], detached))
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_answer_is_every_exits_and_the_models_own_last(x):
+    model = with_exits()
+    first, second, own = model(x)
+    assert not model.exits.seen  # nothing is held between two forward passes
+    hidden = model.first(x)
+    assert torch.equal(first, model.exits.heads[0](hidden))
+    after = model.inner["second"](hidden.relu())
+    assert torch.equal(second, model.exits.heads[1](after))
+    assert torch.equal(own, model.head(after.relu()))
+    assert exits_of(model) is model.exits
+    assert isinstance(model, Net)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_what_the_exits_train(x, detached):
+    model = with_exits(detached)
+    first, second, own = model(x)
+    (first.sum() + second.sum()).backward(retain_graph=True)
+    assert all(p.grad is not None for p in model.exits.parameters())
+    assert (model.first.weight.grad is None) is detached
+    assert model.head.weight.grad is None
+    own.sum().backward()
+    assert model.first.weight.grad is not None
+
+
+def test_a_copy_has_exits_of_its_own(x):
+    model = with_exits()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = [answer.clone() for answer in model(x)]
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(1)
+        changed = other(x)
+        assert all(torch.equal(a, b) for a, b in zip(before, model(x), strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(before, changed, strict=True))
+        assert not model.exits.seen
+        assert not other.exits.seen
+        remove_exits(other)
+        assert isinstance(other(x), torch.Tensor)
+        assert len(model(x)) == 3
+
+
+def test_a_module_run_alone_leaves_nothing_that_a_copy_or_a_pass_would_meet(x):
+    model = with_exits()
+    model.inner["second"](model.first(x))
+    assert len(copy.deepcopy(model)(x)) == 3
+    assert not copy.deepcopy(model).exits.seen
+    model.skip = True
+    with pytest.raises(LissomError, match="did not run"):
+        model(x)
+
+
+def test_a_sequential_root_calls_the_exits_as_a_child_and_is_none_the_worse(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    expected = model(x)
+    attach_exits(model, Exits(["0"], [nn.Linear(6, 3)]))
+    early, own = model(x)
+    assert torch.equal(own, expected)
+    assert torch.equal(early, model.exits.heads[0](model[0](x)))
+
+
+def test_removing_leaves_the_model_as_it_was(x):
+    plain = Net()
+    names = plain.state_dict().keys()
+    expected = plain(x)
+    attach_exits(plain, Exits(POSITIONS, [nn.Linear(6, 3), nn.Linear(6, 3)]))
+    assert "exits.heads.1.weight" in plain.state_dict()
+    assert remove_exits(plain) is plain
+    assert torch.equal(plain(x), expected)
+    assert plain.state_dict().keys() == names
+    assert exits_of(plain) is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+    assert remove_exits(plain) is plain  # twice is once
+
+
+def test_attaching_again_replaces(x):
+    model = with_exits()
+    chosen = model.exits.select(["inner.second", "elsewhere"])
+    assert chosen.positions == ("inner.second",)
+    assert chosen.heads[0] is model.exits.heads[1]
+    assert chosen.detached
+    _, second, own = model(x)
+    attach_exits(model, chosen)
+    answers = model(x)
+    assert len(answers) == 2
+    assert torch.equal(answers[0], second)
+    assert torch.equal(answers[1], own)
+    assert not model.first._forward_hooks
+
+
+def test_the_joint_model_exports(x):
+    model = with_exits().eval()
+    program = torch.export.export(model, (x,))
+    for exported, own in zip(program.module()(x), model(x), strict=True):
+        torch.testing.assert_close(exported, own)
+    assert not model.exits.seen
+
+
+def test_steps_travel_with_the_weights():
+    model, other = with_exits(), with_exits()
+    model.exits.steps += 3
+    other.load_state_dict(model.state_dict())
+    assert int(other.exits.steps) == 3
+
+
+def test_what_cannot_be_attached():
+    with pytest.raises(ValueError, match="2 heads for 1 positions"):
+        Exits(["first"], [nn.Identity(), nn.Identity()])
+    with pytest.raises(ValueError, match="each of which is named once"):
+        Exits(["first", "first"], [nn.Identity(), nn.Identity()])
+    with pytest.raises(ValueError, match="no module 'third'"):
+        attach_exits(Net(), Exits(["third"], [nn.Identity()]))
+    model = Net()
+    model.exits = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="Net has something else called 'exits'"):
+        attach_exits(model, Exits(["first"], [nn.Identity()]))
+
+
+def test_a_module_that_does_not_run_is_named(x):
+    model = with_exits()
+    model.skip = True
+    with pytest.raises(LissomError, match=r"an exit reads 'inner\.second', which this forward pass did not run"):
+        model(x)
+
+
+def test_a_module_that_answers_with_more_than_a_tensor_is_refused():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    model = nn.Sequential(Pair())
+    attach_exits(model, Exits(["0"], [nn.Identity()]))
+    with pytest.raises(TypeError, match="an exit reads one tensor, and 0 answers"):
+        model(torch.zeros(1, 2))
