@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,13 +59,17 @@ def _path(stack: Mapping[str, tuple[str, object]] | None) -> str:
 
 
 @torch.no_grad()
-def run_eager(model: nn.Module, inputs: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """The model's answers in evaluation mode, on its own device, a batch at a time; float32 on the CPU."""
+def run_eager(model: nn.Module, inputs: torch.Tensor, batch: int = 64) -> Any:
+    """The model's answers in evaluation mode, on its own device, a batch at a time; float32 on the CPU. A model with
+    several answers gives a list."""
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
         device = _device(model)
-        return torch.cat([model(part.to(device)).float().cpu() for part in inputs.split(batch)])
+        parts = [model(part.to(device)) for part in inputs.split(batch)]
+        if isinstance(parts[0], tuple):
+            return [torch.cat([a.float().cpu() for a in answers]) for answers in zip(*parts, strict=True)]
+        return torch.cat([part.float().cpu() for part in parts])
     finally:
         for name, module in model.named_modules():
             module.training = training[name]

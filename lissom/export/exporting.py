@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,10 @@ from lissom.export.plan import Plan
 from lissom.images import Preprocessing
 from lissom.registry import load_part, register
 from lissom.runtime.artifact import Artifact, new_artifact
-from lissom.runtime.backends import Graph, Stages, open_graph
+from lissom.runtime.backends import Graph, Stages
 from lissom.runtime.target import Target
 
-__all__ = ["Exported", "Exporter", "Verification", "export_plan", "run_artifact"]
+__all__ = ["Exported", "Exporter", "Verification", "export_plan", "run_artifact", "run_stages"]
 
 
 @dataclass
@@ -73,7 +73,8 @@ def export_plan(
     fields: dict[str, Any] = {
         "runtime": target.runtime,
         "recipe": recipe,
-        "decisions": [],
+        # Nobody leaves before the thresholds are fitted on the exported graphs' own scores (lissom.export.exits).
+        "decisions": [{"at": e.at, "rule": e.rule, "threshold": None} for e in plan.decisions],
         "precision": dict(plan.precision.bits),
         "precision_options": dict(plan.precision.options),
         "input": {
@@ -94,36 +95,75 @@ def export_plan(
 
 
 def _verify(plan: Plan, target: Target, exported: Exported, folder: Path, inputs: np.ndarray) -> Verification:
-    (stage,) = exported.stages
-    graph = open_graph(folder / stage["graph"], target.runtime, stage["options"], target.threads)
-    got = _run(graph, inputs, target.batch)
-    want = run_eager(plan.model, torch.from_numpy(inputs)).numpy()
-    if got.shape != want.shape or not np.isfinite(got).all():
-        raise LissomError(f"the exported graph answers {got.shape}, the model {want.shape}, or not with finite numbers")
-    error = float(np.abs(got - want).max())
-    relative = error / max(float(np.abs(want).max()), 1e-12)
-    same = float((got.reshape(len(got), -1).argmax(-1) == want.reshape(len(want), -1).argmax(-1)).mean())
+    opened = Stages.of(
+        [folder / stage["graph"] for stage in exported.stages], target.runtime, exported.stages, target.threads
+    )
+    got, _ = _run_all(opened, inputs, target.batch)
+    want = run_eager(plan.model, torch.from_numpy(inputs))
+    answers = [w.numpy() for w in (want if isinstance(want, list) else [want])]
+    error = relative = 0.0
+    for mine, other in zip(got, answers, strict=True):
+        if mine.shape != other.shape or not np.isfinite(mine).all():
+            raise LissomError(
+                f"the exported graph answers {mine.shape}, the model {other.shape}, or not with finite numbers"
+            )
+        error = max(error, float(np.abs(mine - other).max()))
+        relative = max(relative, float(np.abs(mine - other).max()) / max(float(np.abs(other).max()), 1e-12))
     if plan.precision.float32 and relative > 1e-2:
         raise LissomError(f"the exported graph differs from the model by {relative:.2%} of its largest answer")
-    return Verification(len(inputs), error, relative, same)
+    same = got[-1].argmax(1) == answers[-1].argmax(1)  # over classes: of a map, at every place
+    return Verification(len(inputs), error, relative, float(same.mean()))
 
 
-def run_artifact(artifact: Artifact, inputs: np.ndarray | Iterable[np.ndarray], threads: int) -> np.ndarray:
-    """The artifact's answers to float32 (N, C, H, W), or to such parts one after the other, at its own batch size."""
+def run_artifact(
+    artifact: Artifact,
+    inputs: np.ndarray | Iterable[np.ndarray],
+    threads: int,
+    *,
+    reduce: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> np.ndarray:
+    """The artifact's answers to float32 (N, C, H, W), or to such parts one after the other, at its own batch size.
+
+    ``reduce`` is applied to each batch's answers before they are put together (``Task.reduce``).
+    """
     graph = Stages(artifact, threads)
     parts = [inputs] if isinstance(inputs, np.ndarray) else inputs
-    return np.concatenate([_run(graph, part, artifact.input_shape[0]) for part in parts])
+    return np.concatenate([_run(graph, part, artifact.input_shape[0], reduce) for part in parts])
 
 
-def _run(graph: Graph, inputs: np.ndarray, batch: int) -> np.ndarray:
+def run_stages(
+    artifact: Artifact, inputs: np.ndarray | Iterable[np.ndarray], threads: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Every stage's answers to float32 (N, C, H, W), or to parts of it, nobody leaving early: K + 1 arrays (N, ...),
+    and the scores (N, K) of the K exits."""
+    graph = Stages(artifact, threads)
+    parts = [inputs] if isinstance(inputs, np.ndarray) else inputs
+    found = [_run_all(graph, part, artifact.input_shape[0]) for part in parts]
+    answers = [np.concatenate(stage) for stage in zip(*(a for a, _ in found), strict=True)]
+    return answers, np.concatenate([scores for _, scores in found])
+
+
+def _run(graph: Graph, inputs: np.ndarray, batch: int, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     answers = []
+    for part in _filled(inputs, batch):
+        answer = graph.run(part)
+        answers.append(np.array(reduce(answer[0] if isinstance(answer, list) else answer)))
+    return np.concatenate(answers)[: len(inputs)]
+
+
+def _run_all(graph: Stages, inputs: np.ndarray, batch: int) -> tuple[list[np.ndarray], np.ndarray]:
+    found = [graph.run_all(part) for part in _filled(inputs, batch)]
+    answers = [np.concatenate(stage)[: len(inputs)] for stage in zip(*(a for a, _ in found), strict=True)]
+    return answers, np.concatenate([scores for _, scores in found])[: len(inputs)]
+
+
+def _filled(inputs: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Parts of ``batch`` rows: the graph's batch is static, so the last is filled up with its own last row."""
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch]
-        if len(part) < batch:  # the graph's batch is static: fill up with the last row, and drop the answers
+        if len(part) < batch:
             part = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        answer = graph.run(np.ascontiguousarray(part))
-        answers.append(np.array(answer[0] if isinstance(answer, list) else answer))
-    return np.concatenate(answers)[: len(inputs)]
+        yield np.ascontiguousarray(part)
 
 
 @register("exporter", "float32")

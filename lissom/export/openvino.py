@@ -19,17 +19,19 @@ from torch import nn
 from lissom.errors import LissomError
 from lissom.export.capture import capture, module_paths
 from lissom.export.exporting import Exported
+from lissom.export.joint import JointOutputs, joint_of
 from lissom.export.linear_as_conv import linear_as_conv
+from lissom.export.openvino_cut import cut_graph
 from lissom.export.plan import Plan, Precision
 from lissom.export.telemetry import quiet
 from lissom.registry import register
 from lissom.runtime.openvino_graph import import_openvino
 from lissom.runtime.target import Target
 
-__all__ = ["ignored_nodes", "quantise"]
+__all__ = ["ignored_nodes", "joint_graph", "quantise"]
 
 # Candidates that differ in precision only share one conversion, the expensive half of an export (3 to 5 s a network).
-_converted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[Any, dict[str, str]]]] = (
+_converted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Any, dict[str, str]]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -41,7 +43,25 @@ def export_openvino(
     """``plan`` as OpenVINO IR with its weights in the precision they have: float32 is not halved on disk."""
     ov = import_openvino()
     precision = plan.precision
-    converted, nodes = _convert(plan.model, shape, target.batch)
+    graph, nodes = joint_graph(plan, target, shape, calibration)
+    options = {"precision": "bf16"} if precision.options.get("float_bits") == 16 else {"precision": "f32"}
+    exits = len(plan.decisions)
+    stages = cut_graph(graph, exits) if exits else [graph]
+    for i, stage in enumerate(stages):
+        _name_by_place(stage)
+        ov.save_model(stage, str(folder / f"stage{i}.xml"), compress_to_fp16=False)
+    return Exported([{"graph": f"stage{i}.xml", "options": options} for i in range(len(stages))], nodes)
+
+
+def joint_graph(
+    plan: Plan, target: Target, shape: tuple[int, ...], calibration: np.ndarray | None
+) -> tuple[Any, dict[str, str]]:
+    """The plan as one OpenVINO graph in its precision, not yet cut, and graph node name -> module path.
+
+    With exits its outputs are those of ``lissom.export.joint.Joint``. ``calibration`` is float32 (N, C, H, W).
+    """
+    precision = plan.precision
+    converted, nodes = _convert(plan, shape, target.batch)
     graph = converted.clone()
     if precision.options.get("linear") == "conv":
         linear_as_conv(graph)
@@ -49,10 +69,7 @@ def export_openvino(
         if calibration is None:
             raise LissomError("int8 needs images to calibrate on; the task has none to fit")
         graph = quantise(graph, nodes, precision, calibration, target.batch)
-    options = {"precision": "bf16"} if precision.options.get("float_bits") == 16 else {"precision": "f32"}
-    _name_by_place(graph)
-    ov.save_model(graph, str(folder / "stage0.xml"), compress_to_fp16=False)
-    return Exported([{"graph": "stage0.xml", "options": options}], nodes)
+    return graph, nodes
 
 
 def _name_by_place(graph: Any) -> None:
@@ -64,28 +81,30 @@ def _name_by_place(graph: Any) -> None:
             node.set_friendly_name(f"{node.get_type_name()}_{place}")
 
 
-def _convert(model: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
-    """The OpenVINO graph of the model at a static shape, and graph node name -> module path."""
-    key = (batch, *shape)
-    known = _converted.setdefault(model, {})
+def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
+    """The OpenVINO graph of the plan's model at a static shape, and graph node name -> module path."""
+    exits = plan.decisions
+    key = (batch, *shape, *((e.at, e.rule) for e in exits))
+    known = _converted.setdefault(plan.model, {})
     if key not in known:
         ov = import_openvino()
-        program = _decompose(capture(model, shape, batch))
+        program = _decompose(capture(joint_of(plan), shape, batch))
         with quiet():
             try:
                 graph = ov.convert_model(program)
                 if len(graph.inputs) == 1:
-                    graph.reshape({graph.inputs[0]: list(key)})
+                    graph.reshape({graph.inputs[0]: [batch, *shape]})
             except Exception as error:  # the converter raises its own kinds, with pages of text
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 raise LissomError(f"OpenVINO cannot take the model: {lines[-1] if lines else error!r}") from error
-        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+        if len(graph.inputs) != 1 or len(graph.outputs) != JointOutputs(len(exits)).count:
             raise LissomError(
                 f"the model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
                 "one image in and one tensor of answers out is what can be exported"
             )
         _restore_names(graph, program)
-        known[key] = graph, module_paths(program)
+        paths = module_paths(program)
+        known[key] = graph, {n: p.removeprefix("model.") for n, p in paths.items()} if exits else paths
     return known[key]
 
 
@@ -152,7 +171,8 @@ def ignored_nodes(graph: Any, nodes: dict[str, str], precision: Precision) -> li
             continue
         name = node.get_friendly_name()
         path = nodes.get(name.partition("/")[0])
-        outside = path is not None and precision.at(path) != 8
+        # An exit's score decides by a comparison; it stays in float, cheap as it is.
+        outside = path is not None and (precision.at(path) != 8 or path.partition(".")[0] == "score")
         product = products != 8 and (kind == "ScaledDotProductAttention" or (kind == "MatMul" and not _weighted(node)))
         if outside or product:
             ignored.append(name)

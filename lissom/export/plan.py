@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Plan", "Precision"]
+__all__ = ["Exit", "Plan", "Precision"]
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,45 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Exit:
+    """An early exit: behind the module ``at`` (its path) the model may answer already.
+
+    ``rule``: "confidence" (the largest softmax share is above a threshold) or "entropy" (the softmax's entropy in nats
+    is below one). ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
+    with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds). ``cost``: operations done
+    when this exit has answered, as a share of those of the model without exits; ``heads`` is the part of them that
+    this exit's head and those before it did.
+    """
+
+    at: str
+    rule: str = "confidence"
+    risk: float = 0.5
+    delta: float = 0.05
+    cost: float = 0.0
+    heads: float = 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """``stages`` (modules), the ``decisions`` between them, ``precision``. Techniques return a new one.
 
-    One stage and no decision is an ordinary model; with exits or a cascade, stage i + 1 runs only where decision i
-    says so. ``notes`` collects what techniques want the report to say.
+    One stage and no decision is an ordinary model. With early exits there is still one module, the joint model that
+    answers at every exit (``lissom.layers.exits``), and one decision an exit; export cuts it. ``recovery`` holds what
+    techniques want of the training that follows (terms of ``lissom.training.methods.recovery``), ``notes`` what they
+    want the report to say. ``shape`` is one input's (C, H, W), () where nobody said.
     """
 
     stages: tuple[nn.Module, ...]
-    decisions: tuple[Any, ...] = ()
+    decisions: tuple[Exit, ...] = ()
     precision: Precision = field(default_factory=Precision)
+    recovery: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Plan:
+    def of(cls, model: nn.Module, shape: tuple[int, ...] = ()) -> Plan:
         """The plan that changes nothing: the model as it is, in float32."""
-        return cls((model,))
+        return cls((model,), shape=tuple(shape))
 
     @property
     def model(self) -> nn.Module:
@@ -60,6 +83,9 @@ class Plan:
 
     def with_model(self, model: nn.Module, *notes: str) -> Plan:
         return replace(self, stages=(model,), notes=(*self.notes, *notes))
+
+    def with_recovery(self, *terms: Any) -> Plan:
+        return replace(self, recovery=(*self.recovery, *terms))
 
     def with_precision(self, precision: Precision, *notes: str) -> Plan:
         return replace(self, precision=precision, notes=(*self.notes, *notes))

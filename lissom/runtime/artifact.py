@@ -2,7 +2,8 @@
 
 ``plan.json`` is written for people and programs alike::
 
-    {"lissom": 1, "runtime": "openvino", "stages": [{"graph": "stage0.xml", "options": {...}}], "decisions": [],
+    {"lissom": 1, "runtime": "openvino", "stages": [{"graph": "stage0.xml", "options": {...}}],
+     "decisions": [{"at": "blocks.3", "rule": "confidence", "threshold": 0.87}], "exits": {"shares": [0.6, 0.4], ...},
      "input": {"shape": [1, 3, 32, 32], "preprocessing": {...}}, "classes": [...], "recipe": "int8()",
      "precision": {"": 8}, "layers": [...], "verification": {...}, "metrics": {...}, "files": {"stage0.xml": "sha256"}}
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -95,8 +97,15 @@ class Artifact:
     @property
     def digest(self) -> str:
         """Hash of the graph files and of how they are run: the key under which measurements are kept."""
-        how = [self.plan["files"], self.plan["stages"], self.runtime, self.plan["input"]["shape"]]
+        how = [self.plan["files"], self.plan["stages"], self.runtime, self.plan["input"]["shape"],
+               self.plan.get("decisions"), self.plan.get("exits")]  # fmt: skip
         return hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_decisions(self, decisions: list[dict[str, Any]], exits: dict[str, Any]) -> Artifact:
+        """Record the decisions between the stages and what is known of them (``shares`` of samples a stage)."""
+        plan = {**self.plan, "decisions": decisions, "exits": exits}
+        write_atomic(self.path / PLAN, json.dumps(plan, indent=1))
+        return Artifact(self.path, plan)
 
     def with_metrics(self, metrics: dict[str, Any]) -> Artifact:
         """Record what was measured of it in ``plan.json``."""
@@ -118,6 +127,21 @@ def _well_formed(plan: dict[str, Any]) -> bool:
         and len(stages) > 0
         and all(isinstance(s, dict) and isinstance(s.get("graph"), str) for s in stages)
         and all(isinstance(s.get("options", {}), dict) for s in stages)
+        and _well_formed_exits(plan.get("decisions") or [], plan.get("exits") or {}, len(stages))
+    )
+
+
+def _well_formed_exits(decisions: Any, exits: Any, stages: int) -> bool:
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    shares = exits.get("shares") if isinstance(exits, dict) else ()
+    return (
+        isinstance(decisions, list)
+        and len(decisions) in (0, stages - 1)
+        and all(isinstance(d, dict) and "threshold" in d for d in decisions)
+        and all(d["threshold"] is None or number(d["threshold"]) for d in decisions)
+        and (shares is None or (isinstance(shares, list) and len(shares) == stages and all(map(number, shares))))
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,8 +27,9 @@ class Graph(Protocol):
 
     gpu: str | None
 
-    def run(self, x: np.ndarray) -> Answer:
+    def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
         """Run float32 ``x`` of the graph's own static shape; one array, or a list where it has several outputs.
+        A graph with several inputs takes a list.
 
         The answer is the caller's to keep: the next run does not write into it.
         """
@@ -91,16 +94,99 @@ def layer_times(
 
 
 class Stages:
-    """An artifact's stages, opened; itself a Graph: each stage runs on what the stage before it answered."""
+    """An artifact's stages, opened; itself a Graph.
+
+    Without decisions each stage runs on what the stage before it answered. With K decisions there are K + 1 stages;
+    each but the last answers (answer, score, carried...), and the next runs, on what was carried, only where the
+    decision between them does not let a sample leave: where score > threshold it does.
+    """
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        stages = zip(artifact.graphs, artifact.plan["stages"], strict=True)
-        self.graphs = [open_graph(path, artifact.runtime, stage.get("options"), threads) for path, stage in stages]
+        self._open(artifact.graphs, artifact.runtime, artifact.plan["stages"], threads)
+        decisions = artifact.plan.get("decisions") or []
+        self.thresholds = [math.inf if d["threshold"] is None else float(d["threshold"]) for d in decisions]
+        shares = (artifact.plan.get("exits") or {}).get("shares")
+        # How often each stage is the last one, as counted on the choose split: what a measurement weighs them by.
+        self.shares = np.array(shares if shares else [0.0] * len(decisions) + [1.0])
+
+    def _open(
+        self, paths: Sequence[Path], runtime: str, stages: Sequence[Mapping[str, Any]], threads: int | None
+    ) -> None:
+        self.graphs = [
+            open_graph(path, runtime, stage.get("options"), threads) for path, stage in zip(paths, stages, strict=True)
+        ]
         self.gpu = self.graphs[0].gpu
 
-    def run(self, x: np.ndarray) -> Answer:
-        """Run float32 ``x`` of the artifact's input shape through all the stages."""
+    @classmethod
+    def of(
+        cls, paths: Sequence[Path], runtime: str, stages: Sequence[Mapping[str, Any]], threads: int | None
+    ) -> Stages:
+        """Graph files that are no artifact yet, with their options; nobody leaves early."""
+        opened = cls.__new__(cls)
+        opened._open(paths, runtime, stages, threads)
+        opened.thresholds = [math.inf] * (len(paths) - 1)
+        opened.shares = np.array([0.0] * (len(paths) - 1) + [1.0])
+        return opened
+
+    def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
+        """Run float32 ``x`` of the artifact's input shape through the stages."""
+        if self.thresholds:
+            return self.run_exits(x)[0]
         answer: Answer = x
         for graph in self.graphs:
-            answer = graph.run(answer)  # type: ignore[arg-type]  # a boundary of several tensors comes with decisions
+            answer = graph.run(answer)
         return answer
+
+    def run_exits(self, x: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(answers (B, ...), the stage that gave each answer, int64 (B,)). A batch runs on until all have left."""
+        carried: np.ndarray | list[np.ndarray] = x
+        answers, left = np.empty(0), np.empty(0)
+        for stage, graph in enumerate(self.graphs):
+            found = graph.run(carried)
+            answer = found[0] if isinstance(found, list) else found
+            if stage == 0:
+                answers, left = np.array(answer), np.full(len(answer), len(self.graphs) - 1)
+            waiting = left >= stage
+            answers[waiting] = answer[waiting]
+            if stage < len(self.thresholds):
+                assert isinstance(found, list)
+                left[waiting & (found[1].reshape(-1) > self.thresholds[stage])] = stage
+                if (left <= stage).all():
+                    break
+                carried = found[2:]
+        return answers, left
+
+    def run_all(self, x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Every stage's answer, nobody leaving: K + 1 arrays (B, ...), and the scores (B, K)."""
+        carried: np.ndarray | list[np.ndarray] = x
+        answers, scores = [], []
+        for graph in self.graphs:
+            found = graph.run(carried)
+            if isinstance(found, list):
+                answers.append(found[0])
+                scores.append(found[1].reshape(-1))
+                carried = found[2:]
+            else:
+                answers.append(found)
+        return answers, np.stack(scores, 1) if scores else np.empty((len(answers[0]), 0))
+
+    def run_to(self, x: np.ndarray, last: int) -> None:
+        """Run the stages 0 to ``last``, whatever the scores."""
+        carried: np.ndarray | list[np.ndarray] = x
+        for graph in self.graphs[: last + 1]:
+            found = graph.run(carried)
+            carried = found[2:] if isinstance(found, list) else found
+
+    def time_exits(self, x: np.ndarray) -> list[float]:
+        """Seconds until each stage's decision is made, in one pass that nobody leaves."""
+        carried: np.ndarray | list[np.ndarray] = x
+        times = []
+        start = time.perf_counter()
+        for stage, graph in enumerate(self.graphs):
+            found = graph.run(carried)
+            if stage < len(self.thresholds):
+                assert isinstance(found, list)
+                bool((found[1].reshape(-1) > self.thresholds[stage]).all())  # the decision is part of the cost
+                carried = found[2:]
+            times.append(time.perf_counter() - start)
+        return times

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -159,42 +159,62 @@ def bench(
     return {"lissom": VERSION, "threads": threads, "rounds": len(times[0]), "artifacts": rows}
 
 
-def _interleave(workers: Sequence[_Worker], seconds: float) -> list[list[np.ndarray]]:
-    """Each worker's rounds, a round being the times of one block in seconds, float64 (runs,)."""
+class Block(NamedTuple):
+    """The runs of one worker's turn. ``times`` (runs,): seconds of a run, the mean over where samples leave;
+    ``exits`` (runs, stages): seconds until each stage's decision."""
+
+    times: np.ndarray
+    exits: np.ndarray
+
+
+def _interleave(workers: Sequence[_Worker], seconds: float) -> list[list[Block]]:
+    """Each worker's rounds, a round being one block."""
     single = [worker.ask(do="warm")["seconds"] for worker in workers]
     block = max(BLOCK, *single)  # where one run is longer than a block, all blocks become as long as it
     runs = [max(1, round(block / s)) for s in single]
-    times: list[list[np.ndarray]] = [[] for _ in workers]
+    times: list[list[Block]] = [[] for _ in workers]
     spent = 0.0
     turn = 0
     while turn < ROUNDS or spent / len(workers) < seconds:
         for place in range(len(workers)):
             i = (place + turn) % len(workers)
-            taken = np.array(workers[i].ask(do="block", runs=runs[i])["times"])
-            times[i].append(taken)
-            spent += float(taken.sum())
+            block_times = workers[i].ask(do="block", runs=runs[i])
+            times[i].append(Block(np.array(block_times["times"]), np.array(block_times["exits"])))
+            spent += float(times[i][-1].exits[:, -1].sum())
         turn += 1
     return times
 
 
-def _row(artifact: Artifact, rounds: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, Any]:
-    taken = np.concatenate(rounds)
+def _row(artifact: Artifact, rounds: list[Block], reference: list[Block]) -> dict[str, Any]:
+    taken = np.concatenate([block.times for block in rounds])
+    exits = np.concatenate([block.exits for block in rounds])
+    shares = (artifact.plan.get("exits") or {}).get("shares") or [1.0]
     batch = artifact.input_shape[0]
     speedup, interval = 1.0, (1.0, 1.0)
     if rounds is not reference:
-        speedup, interval = _paired(reference, rounds)
+        speedup, interval = _paired([b.times for b in reference], [b.times for b in rounds])
     return {
         "artifact": str(artifact.path),
         "runtime": artifact.runtime,
         "batch": batch,
         "runs": len(taken),
         "latency_ms": 1e3 * float(np.percentile(taken, 50)),
-        "p95_ms": 1e3 * float(np.percentile(taken, 95)),
+        "p95_ms": 1e3 * _percentile(exits, np.array(shares), 95),
         "throughput": batch / float(taken.mean()),
         "speedup": speedup,
         "speedup_ci": interval,
         "memory_above_empty_mb": None,
     }
+
+
+def _percentile(exits: np.ndarray, shares: np.ndarray, percent: float) -> float:
+    """Percentile of a sample's time: ``exits`` (runs, stages) in seconds, ``shares`` (stages,) of where they leave."""
+    if len(shares) == 1:
+        return float(np.percentile(exits, percent))
+    weights = np.broadcast_to(shares / len(exits), exits.shape).ravel()
+    order = np.argsort(exits, axis=None)
+    reached = np.cumsum(weights[order]) >= percent / 100 * weights.sum()
+    return float(exits.ravel()[order[int(reached.argmax())]])
 
 
 def _paired(reference: list[np.ndarray], rounds: list[np.ndarray]) -> tuple[float, tuple[float, float]]:
@@ -242,11 +262,13 @@ class _Bench:
     def load(self, threads: int, artifact: str | None = None, empty: str | None = None) -> dict[str, Any]:
         if artifact is None:
             shape: tuple[int, ...] = (1, 1)
+            self.shares: np.ndarray | None = None
             self.graph: Any = open_graph(None, empty or "", {}, threads)
         else:
             opened = Artifact.open(artifact)
             shape = opened.input_shape
             self.graph = Stages(opened, threads)
+            self.shares = self.graph.shares if self.graph.thresholds else None
         self.x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
         return {}
 
@@ -255,7 +277,7 @@ class _Bench:
         times: list[float] = []
         start = time.perf_counter()
         while True:
-            times.append(self._time())
+            times.append(self._time()[0])
             spent = time.perf_counter() - start
             if len(times) >= 3 and spent >= WARM_LIMIT:
                 break
@@ -268,7 +290,8 @@ class _Bench:
     def block(self, runs: int) -> dict[str, Any]:
         if runs > 1:
             self._time()  # the worker before has left its own data in the caches
-        return {"times": [self._time() for _ in range(runs)]}
+        taken = [self._time() for _ in range(runs)]
+        return {"times": [mean for mean, _ in taken], "exits": [exits for _, exits in taken]}
 
     def energy(self) -> dict[str, Any]:
         source, counter = energy_counter(self.graph.gpu)
@@ -278,17 +301,35 @@ class _Bench:
         start = time.perf_counter()
         stop = counter()
         while runs == 0 or time.perf_counter() - start < ENERGY_SECONDS:
-            self.graph.run(self.x)
+            self._run_once(runs)
             runs += 1
         return {"energy_mj": stop() / runs, "energy_source": source}
+
+    def _run_once(self, number: int) -> None:
+        """One run; where samples leave early, as far as the number's turn says. Turns by the golden ratio keep to the
+        shares however few they are."""
+        if self.shares is None:
+            self.graph.run(self.x)
+        else:
+            turn = (0.5 + number * (math.sqrt(5) - 1) / 2) % 1
+            self.graph.run_to(self.x, int(np.searchsorted(np.cumsum(self.shares)[:-1], turn, side="right")))
 
     def memory(self) -> dict[str, Any]:
         return {"memory_mb": _status_mb("VmHWM"), "steady_mb": _status_mb("VmRSS")}
 
-    def _time(self) -> float:
+    def _time(self) -> tuple[float, list[float]]:
+        """Seconds of one run, and until each stage's decision.
+
+        Where samples leave early, every stage is run and timed, and the run counts as the mean over where samples
+        leave: its input is noise, which would leave anywhere.
+        """
+        if self.shares is not None:
+            exits = self.graph.time_exits(self.x)
+            return float(np.dot(self.shares, exits)), exits
         start = time.perf_counter()
         self.graph.run(self.x)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return seconds, [seconds]
 
 
 def _work() -> None:

@@ -39,13 +39,10 @@ class OnnxGraph:
             self.session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base of their own
             raise LissomError(f"ONNX Runtime cannot open {path}: {str(error).strip().splitlines()[0]}") from error
-        inputs = self.session.get_inputs()
-        if len(inputs) != 1:
-            raise LissomError(f"{path} has {len(inputs)} inputs; a graph of lissom has one")
-        self.input = inputs[0].name
+        self.inputs = [given.name for given in self.session.get_inputs()]
 
-    def run(self, x: np.ndarray) -> Answer:
-        answers = self.session.run(None, {self.input: x})
+    def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
+        answers = self.session.run(None, dict(zip(self.inputs, x if isinstance(x, list) else [x], strict=True)))
         return answers[0] if len(answers) == 1 else answers
 
 

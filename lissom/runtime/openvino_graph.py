@@ -69,8 +69,9 @@ class OpenVinoGraph:
             reason = lines[-1].split(" Please check")[0] if lines else "no reason given"
             raise LissomError(f"OpenVINO cannot open {path}: {reason}") from error
 
-    def run(self, x: np.ndarray) -> Answer:
-        result = self.request.infer({0: x}, share_inputs=True, share_outputs=True)
+    def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
+        inputs = dict(enumerate(x)) if isinstance(x, list) else {0: x}
+        result = self.request.infer(inputs, share_inputs=True, share_outputs=True)
         answers = [np.array(result[i]) for i in range(len(result))]  # copies: the next run reuses the buffers
         return answers[0] if len(answers) == 1 else answers
 
@@ -95,7 +96,7 @@ class OpenVinoGraph:
     def layer_times(self, runs: int) -> list[LayerTime]:
         """Mean times over ``runs`` runs after a warm-up; needs the option ``count``."""
         rng = np.random.default_rng(0)
-        x = rng.standard_normal(tuple(self.compiled.input(0).shape), dtype=np.float32)
+        x = [rng.standard_normal(tuple(given.shape), dtype=np.float32) for given in self.compiled.inputs]
         warm = max(3, runs // 5)
         # OpenVINO reports means over all the runs so far, cut to whole microseconds (half of one is lost on average):
         # the warm-up is taken out again by subtraction.
@@ -108,7 +109,7 @@ class OpenVinoGraph:
             times.append(LayerTime(names, kind, implementation, max(0.0, total / runs)))
         return times
 
-    def _means(self, x: np.ndarray, runs: int) -> dict[str, tuple[tuple[str, ...], str, str, float]]:
+    def _means(self, x: list[np.ndarray], runs: int) -> dict[str, tuple[tuple[str, ...], str, str, float]]:
         """Run, then read the mean time of every node that ran since the graph was opened, by the node's name."""
         for _ in range(runs):
             self.run(x)

@@ -59,12 +59,27 @@ class Predictor:
         self._batch, *self._shape = artifact.input_shape
         self._preprocessing = _preprocessing(artifact)
 
+    @property
+    def exits(self) -> int:
+        """How many early exits there are."""
+        return len(self._stages.thresholds)
+
+    def place(self, stage: int) -> str:
+        """Where an answer of that stage was given, in words."""
+        if stage >= self.exits:
+            return "ran to the end"
+        return f"left at exit {stage + 1} of {self.exits}, after {self.artifact.plan['decisions'][stage].get('at')}"
+
     def __call__(self, x: np.ndarray) -> Answer:
         """The artifact's answers to float32 (n, C, H, W): (n, ...), or a list of such where it has several outputs.
 
         Any n will do, though the artifact's own batch is static. ``x`` is left as it is. Raises LissomError where
         ``x`` has another shape or holds whole numbers (pixels: ``predict`` prepares them).
         """
+        return self.answer(x)[0]
+
+    def answer(self, x: np.ndarray) -> tuple[Answer, np.ndarray]:
+        """What calling it gives, and the stage that gave each answer, int64 (n,): 0 is the first exit."""
         x = np.asarray(x)
         if x.ndim != 1 + len(self._shape) or list(x.shape[1:]) != self._shape:
             one = " (one input is x[None])" if list(x.shape) == self._shape else ""
@@ -72,15 +87,24 @@ class Predictor:
             raise LissomError(f"the artifact takes inputs of shape (n, {want}), not {x.shape}{one}")
         if not np.issubdtype(x.dtype, np.floating):
             raise LissomError(f"the artifact takes prepared float32 inputs, not {x.dtype}; predict() prepares images")
-        answers = []
+        answers: list[Answer] = []
+        stages = []
+        last = len(self._stages.graphs) - 1
         for start in range(0, max(1, len(x)), self._batch):
-            part = x[start : start + self._batch]
+            part = np.ascontiguousarray(x[start : start + self._batch], np.float32)
             if len(part) < self._batch:
-                part = np.concatenate([part, np.zeros((self._batch - len(part), *self._shape), part.dtype)])
-            answers.append(self._stages.run(np.ascontiguousarray(part, np.float32)))
+                part = np.concatenate([part, np.zeros((self._batch - len(part), *self._shape), np.float32)])
+            if self._stages.thresholds:
+                found, left = self._stages.run_exits(part)
+                answers.append(found)
+                stages.append(left)
+            else:
+                answers.append(self._stages.run(part))
+                stages.append(np.full(len(part), last))
+        where = np.concatenate(stages)[: len(x)]
         if isinstance(answers[0], list):
-            return [np.concatenate(parts)[: len(x)] for parts in zip(*answers, strict=True)]
-        return np.concatenate(answers)[: len(x)]
+            return [np.concatenate(parts)[: len(x)] for parts in zip(*answers, strict=True)], where
+        return np.concatenate(answers)[: len(x)], where  # type: ignore[arg-type]  # arrays all, as the first is
 
     def prepare(self, image: Any) -> np.ndarray:
         """One image (path, bytes, uint8 (H, W) or (H, W, C), or a Pillow image) as this artifact's float32 (C, H, W).
@@ -110,23 +134,27 @@ class Predictor:
                     inputs.append(self.prepare(image))
                 except LissomError as error:
                     raise LissomError(f"{name}: {error}") from error
-            predictions += self.read(self(np.stack(inputs)), names, top)
+            answers, stages = self.answer(np.stack(inputs))
+            predictions += self.read(answers, names, top, stages)
         return predictions
 
-    def read(self, answers: Answer, names: list[str], top: int = 1) -> list[Prediction]:
-        """Answers (n, classes) as predictions for the images of those names."""
+    def read(
+        self, answers: Answer, names: list[str], top: int = 1, stages: np.ndarray | None = None
+    ) -> list[Prediction]:
+        """Answers (n, classes) as predictions for the images of those names; ``stages`` (n,) gave them."""
         scores = answers[0] if isinstance(answers, list) else answers
         if scores.ndim != 2:
             raise LissomError(f"the artifact answers {scores.shape[1:]} an input, which is not one score a class")
         exponents = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
         shares = exponents / exponents.sum(-1, keepdims=True)
         predictions = []
-        for name, share in zip(names, shares, strict=True):
+        if stages is None:
+            stages = np.full(len(names), len(self._stages.graphs) - 1)
+        for name, share, stage in zip(names, shares, stages, strict=True):
             order = np.argsort(-share, kind="stable")[: max(1, top)]
             ranking = tuple((self._class(int(label)), float(share[label])) for label in order)
             label = int(order[0])
-            last = len(self._stages.graphs) - 1
-            predictions.append(Prediction(name, label, ranking[0][0], ranking[0][1], last, ranking))
+            predictions.append(Prediction(name, label, ranking[0][0], ranking[0][1], int(stage), ranking))
         return predictions
 
     def _class(self, label: int) -> str:

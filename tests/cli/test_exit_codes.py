@@ -110,14 +110,7 @@ def test_a_command_that_cannot_be_read(capsys, arguments, words):
 
 
 def test_ctrl_c_ends_a_process_with_130():
-    # A shell starts background jobs, and so perhaps these tests, with Ctrl-C ignored, which children inherit.
-    command = subprocess.Popen(
-        [*LISSOM, "doctor"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    command = subprocess.Popen([*LISSOM, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert command.stderr.readline()  # it says that it has begun, and then waits for the runtimes
     command.send_signal(signal.SIGINT)
     _, err = command.communicate(timeout=60)

@@ -119,7 +119,8 @@ class Scripted:
             return {"seconds": self.seconds}
         self.log.append(self.name)
         self.blocks += 1
-        return {"times": [self.seconds * self.slowness(self.blocks)] * runs}
+        seconds = self.seconds * self.slowness(self.blocks)
+        return {"times": [seconds] * runs, "exits": [[seconds]] * runs}
 
 
 def test_workers_take_turns_in_rotating_order() -> None:
@@ -129,7 +130,15 @@ def test_workers_take_turns_in_rotating_order() -> None:
     # One run of C takes 0.1 s, so every block does; six of them make 0.6 s.
     assert "".join(Scripted.log) == "ABCBCACAB" * 2
     assert [len(rounds) for rounds in times] == [6, 6, 6]
-    assert [len(rounds[0]) for rounds in times] == [10, 5, 1]
+    assert [len(rounds[0].times) for rounds in times] == [10, 5, 1]
+
+
+def test_the_percentile_of_samples_that_leave_early() -> None:
+    exits = np.array([[1.0, 3.0], [2.0, 4.0]])
+    # Nine of ten leave first: the samples' times are 45 % 1, 45 % 2, 5 % 3, 5 % 4.
+    shares = np.array([0.9, 0.1])
+    assert [module._percentile(exits, shares, p) for p in (40, 50, 92, 97)] == [1, 2, 3, 4]
+    assert module._percentile(exits[:, :1], np.array([1.0]), 50) == 1.5
 
 
 def test_what_slows_all_changes_no_ratio() -> None:
@@ -153,10 +162,10 @@ def test_warm_up_goes_on_until_times_settle(monkeypatch: pytest.MonkeyPatch) -> 
     clock = [0.0]
     times = iter([0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02])
 
-    def fake() -> float:
+    def fake() -> tuple[float, list[float]]:
         taken = next(times)
         clock[0] += taken
-        return taken
+        return taken, [taken]
 
     monkeypatch.setattr(worker, "_time", fake)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])

@@ -1,0 +1,59 @@
+"""The thresholds of a plan's exits, fitted on the exported graphs' own scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lissom.errors import LissomError
+from lissom.export.calibration import Calibration, fit_thresholds
+from lissom.export.calibration import apply as first_exits
+from lissom.export.plan import Exit
+from lissom.runtime.artifact import Artifact
+
+__all__ = ["fit_exits"]
+
+
+def fit_exits(
+    artifact: Artifact,
+    exits: Sequence[Exit],
+    answers: Sequence[np.ndarray],
+    scores: np.ndarray,
+    quality: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[Artifact, np.ndarray, Calibration]:
+    """Fit the thresholds of ``artifact``'s exits, write them into its plan, and return it with its answers.
+
+    ``answers`` (K + 1 arrays (N, classes)) and ``scores`` (N, K) are what ``run_stages`` found on data that nothing was
+    trained on. ``quality`` gives each answer's own score in [0, 1] (right or wrong), (N, classes) -> (N,); without it,
+    an exit is right where it agrees with the model's last answer. The promise: with probability 1 - delta the exits
+    cost at most ``risk`` points of quality over the model without them. Raises LissomError for scores that are no
+    numbers and for exits that disagree on what they promise.
+    """
+    promises = {(e.risk, e.delta) for e in exits}
+    if len(promises) != 1:
+        raise LissomError("all exits of a plan share one promise, and theirs differ in risk or delta")
+    ((risk, delta),) = promises
+    full = answers[-1]
+    if quality is not None:
+        harm = np.stack([quality(full) > quality(answer) for answer in answers[:-1]], 1)
+    else:
+        harm = np.stack([answer.argmax(-1) != full.argmax(-1) for answer in answers[:-1]], 1)
+    # The last stage costs the model's own operations and those of all heads; the heads' share is what exits add.
+    costs = np.array([*(e.cost for e in exits), 1.0 + _heads(exits)])
+    calibration = fit_thresholds(scores, harm, costs, risk=risk / 100, delta=delta, seed=seed)
+    decisions = [
+        {"at": e.at, "rule": e.rule, "threshold": None if np.isinf(t) else float(t)}
+        for e, t in zip(exits, calibration.thresholds, strict=True)
+    ]
+    known = {**calibration.to_json(), "against": "labels" if quality is not None else "the model without exits"}
+    known["shares"] = [float(share) for share in calibration.shares]
+    left = first_exits(scores, np.asarray(calibration.thresholds))
+    chosen = np.stack(list(answers))[left, np.arange(len(full))]
+    return artifact.with_decisions(decisions, known), chosen, calibration
+
+
+def _heads(exits: Sequence[Exit]) -> float:
+    return max((e.heads for e in exits), default=0.0)

@@ -1,0 +1,92 @@
+"""The joint graph of a model with early exits: one forward pass, every answer, every score, every boundary.
+
+It is exported and quantised once, then cut at the boundaries; so all the stages share one set of ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lissom.errors import LissomError
+from lissom.export.plan import Exit, Plan
+
+__all__ = ["Joint", "JointOutputs", "joint_of"]
+
+
+@dataclass(frozen=True)
+class JointOutputs:
+    """Where what stands among the joint graph's outputs, K being the number of exits."""
+
+    exits: int
+
+    def answer(self, stage: int) -> int:
+        """The answer of stage 0 to K; K is the model's own."""
+        return stage
+
+    def score(self, exit: int) -> int:
+        return self.exits + 1 + exit
+
+    def boundary(self, exit: int) -> int:
+        """What the exit's module answered: all that the stages behind it need."""
+        return 2 * self.exits + 1 + exit
+
+    @property
+    def count(self) -> int:
+        return 3 * self.exits + 1
+
+
+class Joint(nn.Module):
+    """``model`` (with exits attached) as one function of the input: K + 1 answers, K scores (B,), K boundaries.
+
+    Modules of the model have the prefix ``model.`` here; the scores are computed under ``score``.
+    """
+
+    def __init__(self, model: nn.Module, exits: Sequence[Exit]) -> None:
+        super().__init__()
+        self.model = model
+        self.exits = tuple(exits)
+        self.score = nn.ModuleList(Score(e.rule) for e in exits)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        boundaries: dict[int, torch.Tensor] = {}
+        handles = []
+        for i, exit in enumerate(self.exits):
+
+            def keep(module: nn.Module, inputs: object, output: torch.Tensor, i: int = i) -> None:
+                boundaries[i] = output
+
+            handles.append(self.model.get_submodule(exit.at).register_forward_hook(keep))
+        try:
+            answers = self.model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        scores = [score(answer) for score, answer in zip(self.score, answers, strict=False)]
+        return (*answers, *scores, *(boundaries[i] for i in range(len(self.exits))))
+
+
+class Score(nn.Module):
+    """Logits (B, classes) -> (B,), higher where the answer is surer: the largest softmax share, or, by entropy, minus
+    the softmax's entropy in nats."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        if rule not in ("confidence", "entropy"):
+            raise LissomError(f"an exit's rule is confidence or entropy, not {rule!r}")
+        self.rule = rule
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        shares = functional.softmax(logits, -1)
+        if self.rule == "confidence":
+            return shares.amax(-1)
+        return (shares * functional.log_softmax(logits, -1)).sum(-1)
+
+
+def joint_of(plan: Plan) -> nn.Module:
+    """What is exported of a plan: its model, or the joint one where there are decisions."""
+    return Joint(plan.model, plan.decisions) if plan.decisions else plan.model

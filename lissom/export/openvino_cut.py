@@ -1,0 +1,75 @@
+"""An OpenVINO joint graph, cut at its boundaries into one graph a stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lissom.errors import NotApplicable
+from lissom.export.joint import JointOutputs
+
+__all__ = ["cut_graph"]
+
+
+def cut_graph(graph: Any, exits: int) -> list[Any]:
+    """The stages of a joint graph with ``exits`` exits, in order, as graphs of their own; ``graph`` stays as it is.
+
+    Stage 0 takes the input, a later one what its predecessor carried over. Each but the last gives (answer, score,
+    carried), the last its answer. Raises NotApplicable where a stage would still need something from before its cut.
+    """
+    return [_stage(graph.clone(), stage, JointOutputs(exits)) for stage in range(exits + 1)]
+
+
+def _stage(graph: Any, stage: int, outputs: JointOutputs) -> Any:
+    import openvino as ov
+    from openvino import opset13 as op
+
+    results = graph.get_results()
+    wanted = [results[outputs.answer(stage)]]
+    if stage < outputs.exits:
+        wanted += [results[outputs.score(stage)], results[outputs.boundary(stage)]]
+        _unquantised(wanted[-1])
+    parameters = graph.get_parameters()
+    if stage:
+        given = results[outputs.boundary(stage - 1)]
+        source = _unquantised(given)
+        # The boundary's own Result must not become a way from the parameter to itself.
+        parameter = op.parameter(list(source.get_shape()), source.get_element_type(), name=f"carried_{stage}")
+        for consumer in source.get_target_inputs():
+            if consumer.get_node().get_type_name() != "Result":
+                consumer.replace_source_output(parameter.output(0))
+        _check_alone(wanted, graph.get_parameters(), stage)
+        parameters = [parameter]
+    return ov.Model(wanted, parameters, f"stage{stage}")
+
+
+def _unquantised(result: Any) -> Any:
+    """The tensor behind a boundary's Result as it was before the quantiser rounded it for its consumers; the Result
+    is tied to it. What rounds it then stands in the stages that read it, and rounds the same numbers the same way."""
+    source = result.input_value(0)
+    while source.get_node().get_type_name() == "FakeQuantize":
+        source = source.get_node().input_value(0)
+    result.input(0).replace_source_output(source)
+    return source
+
+
+def _check_alone(results: list[Any], inputs: list[Any], stage: int) -> None:
+    """Raise NotApplicable, with the operations on the way, where a result still depends on the joint graph's input."""
+    names = {node.get_name() for node in inputs}
+    todo = list(results)
+    seen: set[str] = set()
+    after: dict[str, Any] = {}
+    while todo:
+        node = todo.pop()
+        for value in node.input_values():
+            source = value.get_node()
+            if source.get_name() in seen:
+                continue
+            seen.add(source.get_name())
+            after[source.get_name()] = node
+            if source.get_name() in names:
+                way = [node]
+                while way[-1].get_name() in after:
+                    way.append(after[way[-1].get_name()])
+                path = " > ".join(n.get_friendly_name() for n in way[:6])
+                raise NotApplicable(f"stage {stage} cannot stand alone: it still reads the input through {path}")
+            todo.append(source)
