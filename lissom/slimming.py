@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from lissom.data.sources import read
 from lissom.errors import LissomError, NotApplicable
-from lissom.export.exporting import export_plan, run_artifact
+from lissom.export.capture import run_eager
+from lissom.export.exits import fit_exits
+from lissom.export.exporting import export_plan, run_artifact, run_stages
 from lissom.export.plan import Plan
 from lissom.meters.costs import layer_costs, total
 from lissom.meters.devices import meter_for
@@ -40,12 +43,15 @@ from lissom.runtime.backends import Stages, inspect
 from lissom.runtime.target import RUNTIMES, Target, default_threads
 from lissom.search.budget import Budget, check_direction
 from lissom.search.choosing import cost, pareto, rank
-from lissom.search.proposals import propose
+from lissom.search.linas import SEARCHES
+from lissom.search.proposals import batch_size, propose
 from lissom.search.runs import Run
 from lissom.search.trials import Metrics, Trial
-from lissom.tasks.classification import make_task
+from lissom.tasks.of_data import task_of
 from lissom.tasks.task import Split, Task, batches
+from lissom.techniques.probes import layer_probe
 from lissom.techniques.recipe import Recipe
+from lissom.techniques.recovering import Recoverer
 from lissom.training.loop import FitEvent, fit
 from lissom.usercode import is_reference, load_function
 
@@ -54,9 +60,12 @@ __all__ = ["Best", "Event", "Result", "slim"]
 CALIBRATION = 300  # images: NNCF's own default
 VERIFICATION = 32  # real images on which an export is compared with its model
 TRIALS = 12
+RECOVERY_EPOCHS = 5
+PART = "part"  # role of a trial that is the beginning of the winner's recipe
 DEMO_EPOCHS = 8
 DEMO_TRAINING = {"batch": 16, "lr": 1e-3, "augment": False}  # 1,300 small digits: many short steps
 DEMO_TRIALS = 7
+DEMO_TECHNIQUES = ("fuse", "bf16", "int8")  # those that need no training: a newcomer waits for minutes only
 DEMO_THREADS = 1  # what else runs on a newcomer's machine then disturbs the measurement least
 DEMO_BUDGET = "latency<=0.7x, drop<=2.0"
 DEFAULT_BUDGET = "drop<=1.0"
@@ -114,12 +123,14 @@ def slim(
     techniques: str | Sequence[str] | None = None,
     recipe: str | Path | Recipe | None = None,
     trials: int | None = None,
+    search: str = "linas",
     time: float | None = None,
     runtime: str = "openvino",
     device: str = "cpu",
     batch: int = 1,
     threads: int | None = None,
     train: int | None = None,
+    recover: float | None = None,
     arch: str | None = None,
     weights: str | None = None,
     out: str | Path | None = None,
@@ -137,10 +148,12 @@ def slim(
     that takes the data set and returns one, for losses and metrics of your own.
 
     ``budget`` as in lissom.search.budget (default: one point of drop). ``techniques`` limits the search to some,
-    ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search. ``train``
-    epochs of training come first where the model arrives untrained. ``weights`` is a weight file, or ``pretrained``
-    for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one. ``meter`` replaces
-    the device's own.
+    ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search, which is
+    "linas" (predictors decide what is worth measuring), "nsga2" or "random". ``train`` epochs of training come first
+    where the model arrives untrained. ``recover`` (minutes) bounds each training that a recipe needs, of five epochs
+    otherwise; with it results depend on the machine's speed. ``weights`` is a weight file, or ``pretrained`` for
+    timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one. ``meter`` replaces the
+    device's own.
 
     Raises LissomError for bad input; a technique that fails becomes a row of the result instead.
     """
@@ -151,19 +164,23 @@ def slim(
         or (threads is not None and threads < 1)
         or (trials is not None and trials < 1)
         or (train is not None and train < 0)
+        or (recover is not None and recover <= 0)
     ):
-        raise LissomError("batch, threads and trials are at least 1, and train is not negative")
+        raise LissomError("batch, threads and trials are at least 1, train is not negative, and recover is above 0")
     demo = model is None and data is None and task is None
     if demo:
         model, data = "digits_vit", "digits"
         train = DEMO_EPOCHS if train is None else train
         budget = DEMO_BUDGET if budget is None else budget
         trials = DEMO_TRIALS if trials is None else trials
+        techniques = DEMO_TECHNIQUES if techniques is None else techniques
         threads = DEMO_THREADS if threads is None else threads
     if model is None:
         raise LissomError("there is no MODEL: give a timm name, a weight file with --arch, or file.py:function")
     if data is None and not isinstance(task, Task):
         raise LissomError("there is no --data: give a folder of images, a Parquet folder, digits, or file.py:function")
+    if search not in SEARCHES:
+        raise LissomError(f"there is no search {search!r}; known: {', '.join(SEARCHES)}")
     limits = Budget.parse(DEFAULT_BUDGET if budget is None else budget)
     check_direction(limits)
     names = _technique_names(techniques)
@@ -172,6 +189,7 @@ def slim(
     folder = Path(out) if out is not None else _new_folder()
     job = _Job(limits, names, given, target, trials or TRIALS, time, seed, folder, resume, progress, command)
     job.training = DEMO_TRAINING if demo else {}
+    job.recover, job.how = recover, search
     return job.run(model, data, task, train or 0, arch, weights, meter or meter_for(device))
 
 
@@ -216,6 +234,8 @@ class _Job:
         self.begun = clock.monotonic()
         self.warnings: list[str] = []
         self.training: dict[str, Any] = {}  # settings of fit that differ from its defaults
+        self.recover: float | None = None  # minutes
+        self.how = "linas"
 
     # The path of a run, from top to bottom.
 
@@ -230,11 +250,22 @@ class _Job:
         with Run(self.folder, self.settings(loaded, data, train, weights), self.resume) as run:
             self.on = run
             self.train(loaded.model, train)
-            self.plan = Plan.of(loaded.model.eval())
+            self.plan = Plan.of(loaded.model.eval(), self.task.shape)
             self.read_splits()
+            self.recoverer = Recoverer(
+                self.plan,
+                self.task,
+                self.target,
+                self.folder / "recovery",
+                epochs=RECOVERY_EPOCHS,
+                seconds=None if self.recover is None else 60 * self.recover,
+                seed=self.seed,
+                progress=self.recovering,
+                threads=default_threads(),
+            )
             self.search()
             winner, ablation = self.without_each(self.shoot_out())
-            return self.conclude(winner, ablation, loaded, capabilities)
+            return self.conclude(winner, ablation, self.waterfall(winner), loaded, capabilities)
 
     def prepare(self, model: Any, data: Any, task: Any, train: int, arch: str | None, weights: str | None) -> Loaded:
         """Model and task. Everything that the user may have got wrong is found out here, before the first trial."""
@@ -260,13 +291,22 @@ class _Job:
             self.task = made
         else:
             assert source is not None
-            self.task = make_task(
+            self.task = task_of(
                 source, preprocessing=loaded.preprocessing(source.image_size), trained_here=bool(train), seed=self.seed
             )
         if self.task.kind == "classification":
             if train and loaded.trained and num_outputs(loaded.model, self.task.shape) != classes:
                 loaded = replace(loaded, model=with_head(loaded.model, classes, self.seed))
             self.task.check_outputs(num_outputs(loaded.model, self.task.shape))
+        else:
+            try:
+                answer = run_eager(loaded.model, torch.zeros(1, *self.task.shape))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise LissomError(f"{loaded.name} does not take inputs of shape {self.task.shape}: {reason}") from error
+            if not isinstance(answer, torch.Tensor):
+                raise LissomError(f"{loaded.name} answers with several tensors; wrap it to answer with one")
+            self.task.check_answer(tuple(answer.shape))
         if train and self.task.fit is None:
             raise LissomError("there is nothing to train on: the data have no train/ split")
         self.data_name = source.name if source is not None else self.task.name
@@ -280,8 +320,10 @@ class _Job:
             "weights": "trained in the run" if train else _weights_hash(loaded.model),
             "data": self.data_name,
             "train": train,
+            "recover": self.recover,
             "budget": self.budget.text,
             "techniques": list(self.techniques),
+            "search": self.how,
             "recipe": None if self.given is None else str(self.given),
             "runtime": self.target.runtime,
             "device": self.target.device,
@@ -349,17 +391,31 @@ class _Job:
             self.trial(role, recipe)
 
     def next_proposal(self) -> tuple[str, Recipe] | None:
-        searched = [t for t in self.on.trials if not t.role.startswith("without")]
+        searched = self.searched()
         if self.given is not None:
             first = [("baseline", Recipe()), ("plain int8", _plain_int8()), ("given", self.given)]
             return first[len(searched)] if len(searched) < len(first) else None
-        random = sum(t.role == "random" for t in searched)
-        if random and (len(searched) >= self.most or self.out_of_time()):
-            return None
-        proposal = propose(self.seed, searched, self.techniques, self.plan, self.target, self.best())
-        # The first trials are always made; only then do the number and the time decide.
         over = len(searched) >= self.most or self.out_of_time()
-        return None if proposal is not None and proposal[0] == "random" and over else proposal
+        if over and any(t.role == self.how for t in searched):
+            return None
+        proposal = propose(
+            self.seed,
+            searched,
+            self.techniques,
+            self.plan,
+            self.target,
+            self.best(),
+            search=self.how,
+            population=batch_size(self.most),
+            quantities=self.quantities(),
+        )
+        # The first trials are always made; only then do the number and the time decide.
+        return None if proposal is not None and proposal[0] == self.how and over else proposal
+
+    def quantities(self) -> tuple[str, ...]:
+        """The costs that the search makes small: those the budget limits, else latency."""
+        limited = (limit.quantity for limit in self.budget.limits if limit.quantity not in ("drop", "quality"))
+        return tuple(dict.fromkeys(limited)) or ("latency",)
 
     def out_of_time(self) -> bool:
         """Whether another trial would not fit: a quarter of the time is kept for the final measurements."""
@@ -371,6 +427,10 @@ class _Job:
     def find(self, role: str, recipe: Recipe) -> Trial | None:
         return next((t for t in self.on.trials if t.role == role and t.recipe == str(recipe)), None)
 
+    def searched(self) -> list[Trial]:
+        """The trials of the search, without those that take the winner apart."""
+        return [t for t in self.on.trials if not t.role.startswith(("without", PART))]
+
     @property
     def baseline(self) -> Trial:
         return self.on.trials[0]
@@ -379,7 +439,7 @@ class _Job:
         """The best searched trial so far; None before there is one."""
         if not self.on.trials:
             return None
-        searched = [t for t in self.on.trials if not t.role.startswith("without")]
+        searched = self.searched()
         return rank(searched, self.budget, self.baseline.metrics)[0]
 
     # One trial.
@@ -437,17 +497,15 @@ class _Job:
         made: dict[str, tuple[Artifact, Metrics]] = {}
         failures: list[tuple[str, Exception]] = []
         notes: tuple[str, ...] = ()
+        settings = [self.settled(setting) for setting in settings]
         for n, setting in enumerate(settings):
             if str(setting) in known:
                 continue
             try:
-                plan = setting.apply(self.plan, self.task, self.target)
-                artifact = self.export(plan, setting, f"{blank.number:03d}-{n}")
-                made[str(setting)] = artifact, self.quality(artifact, plan)
+                final, plan, artifact, metrics = self.make(setting, f"{blank.number:03d}-{n}")
+                made[str(final)] = artifact, metrics
                 notes = plan.notes
-            except NotApplicable:
-                raise
-            except Exception as error:
+            except Exception as error:  # one setting's reason, NotApplicable among them; another may do
                 self.stop_on_full_disk(error)
                 failures.append((str(setting), error))
         if not made and failures:
@@ -465,6 +523,36 @@ class _Job:
         return replace(blank, resolved=winner.resolved, metrics=winner.metrics, artifact=winner.artifact,
                        notes=(*notes, *remarks))  # fmt: skip
 
+    def make(self, recipe: Recipe, name: str) -> tuple[Recipe, Plan, Artifact, Metrics]:
+        """Apply, recover, export, judge. Exits that no sample may take within the promise are left out, and the rest is
+        made anew: a stage costs time even where nobody leaves."""
+        plan = self.recoverer.recover(recipe, recipe.apply(self.plan, self.task, self.target))
+        artifact, metrics = self.judged(self.export(plan, recipe, name), plan)
+        used = tuple(d["at"] for d in artifact.plan["decisions"] if d["threshold"] is not None)
+        if len(used) == len(plan.decisions):
+            return recipe, plan, artifact, metrics
+        if not used:
+            shutil.rmtree(artifact.path)
+            note = artifact.plan["exits"].get("note") or "their answers are too often worse than the model's own"
+            raise NotApplicable(
+                f"no exit can be taken within {plan.decisions[0].risk:g} points of risk on the "
+                f"{len(self.task.choose)} samples of choose: {note}"
+            )
+        own = next(t for t in recipe.techniques if t.stage == "exits")
+        return self.make(recipe.replace(own, own.only(used)), name)
+
+    def settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with what only the device can decide: which layers gain from a technique."""
+        precision = Recipe(tuple(t for t in recipe.techniques if t.stage == "precision"))
+        policy = precision.apply(self.plan, self.task, self.target).precision
+        probe = layer_probe(self.target, self.meter, policy)
+        return Recipe(tuple(t.settle(self.plan, self.task, probe) for t in recipe.techniques))
+
+    def recovering(self, event: FitEvent) -> None:
+        left = event.seconds * (event.epochs - event.epoch)
+        text = f"recovery, epoch {event.epoch} of {event.epochs}: loss {event.loss:.3f}"
+        self.progress(Event("epoch", text, event.epoch, event.epochs, left=left))
+
     def export(self, plan: Plan, recipe: Recipe, name: str) -> Artifact:
         return export_plan(
             plan,
@@ -476,16 +564,43 @@ class _Job:
             classes=self.task.classes,
             preprocessing=self.task.preprocessing,
             verify=self.verify,
-            layers=self.layers,
+            layers=self.layers if plan.model is self.plan.model else self.layers_of(plan),
         )
 
-    def quality(self, artifact: Artifact, plan: Plan) -> Metrics:
-        """Quality on ``choose``, by the artifact itself; and what needs no clock: size, parameters, operations."""
-        outputs = self.answers(artifact, self.task.choose)
+    def layers_of(self, plan: Plan) -> list[dict[str, Any]]:
+        return [cost.to_json() for cost in layer_costs(plan.model, self.task.shape)]
+
+    def judged(self, artifact: Artifact, plan: Plan) -> tuple[Artifact, Metrics]:
+        """The artifact, its exits' thresholds fitted, and what needs no clock: its quality on ``choose``, by itself;
+        size, parameters, operations."""
+        params, macs = total(plan.model, self.task.shape)
+        if plan.decisions:
+            split = self.task.choose
+            answers, scores = run_stages(artifact, batches(split, 64 * self.target.batch), self.target.threads)
+            # Right and wrong are counted against the labels, or the original's answers where there are none.
+            targets = self.known_targets(answers[-1])
+            artifact, outputs, fitted = fit_exits(
+                artifact,
+                plan.decisions,
+                answers,
+                scores,
+                (lambda a: self.task.scores(a, targets)) if self.task.labelled else None,
+                seed=self.seed,
+            )
+            _, own = total(self.plan.model, self.task.shape)
+            costs = [e.cost for e in plan.decisions] + [1 + plan.decisions[-1].heads]
+            macs = round(own * float(np.dot(fitted.shares, costs)))
+        else:
+            outputs = self.answers(artifact, self.task.choose)
+        return artifact, self.quality(artifact, outputs, params, macs)
+
+    def known_targets(self, outputs: np.ndarray) -> np.ndarray:
         if self.targets is None:
             self.targets = self.task.targets(self.task.choose, self.original_outputs(outputs))
-        quality = self.task.quality(outputs, self.targets)
-        params, macs = total(plan.model, self.task.shape)
+        return self.targets
+
+    def quality(self, artifact: Artifact, outputs: np.ndarray, params: int, macs: int) -> Metrics:
+        quality = self.task.quality(outputs, self.known_targets(outputs))
         base = quality.value if not self.on.trials else self.baseline.metrics.quality
         return Metrics(
             quality=quality.value,
@@ -504,7 +619,8 @@ class _Job:
 
     def answers(self, artifact: Artifact, split: Split) -> np.ndarray:
         """The artifact's answers to a split, a part at a time: only the decoded pixels stay in memory."""
-        return run_artifact(artifact, batches(split, 64 * self.target.batch), self.target.threads)
+        parts = batches(split, 64 * self.target.batch)
+        return run_artifact(artifact, parts, self.target.threads, reduce=self.task.reduce)
 
     def open(self, trial: Trial) -> Artifact:
         return Artifact.open(self.folder / trial.artifact)
@@ -525,9 +641,7 @@ class _Job:
 
     def shoot_out(self) -> Trial:
         """The most promising trials and plain int8, measured once more side by side; the best of them."""
-        ranked = rank(
-            [t for t in self.on.trials if not t.role.startswith("without")], self.budget, self.baseline.metrics
-        )
+        ranked = rank(self.searched(), self.budget, self.baseline.metrics)
         if self.given is not None:
             chosen = [t for t in self.on.trials if t.role == "given" and t.ok]
             if not chosen:
@@ -538,8 +652,17 @@ class _Job:
         if len(finalists) == 1:
             return finalists[0]
         self.stage("measuring the finalists side by side")
-        again = self.remeasure(finalists)
-        return rank(again, self.budget, self.baseline.metrics)[0]
+        again = rank(self.remeasure(finalists), self.budget, self.baseline.metrics)
+        return self.of_equals(again)
+
+    def of_equals(self, ranked: Sequence[Trial]) -> Trial:
+        """The first of ``ranked``; or, of those that cost the same within the error of the measurement, the best."""
+        first, base = ranked[0], self.baseline.metrics
+        if self.budget.cost not in ("latency", "throughput") or not self.budget.met(first.metrics, base):
+            return first
+        speed = first.metrics.speedup or 0.0
+        equal = [t for t in ranked if self.budget.met(t.metrics, base) and (t.metrics.speedup_ci or (0, 0))[1] >= speed]
+        return max([first, *equal], key=lambda t: t.metrics.quality or 0.0)
 
     def remeasure(self, trials: Sequence[Trial], seconds: float = 2.0) -> list[Trial]:
         """The same trials with the costs of a new, longer measurement against the baseline."""
@@ -578,6 +701,34 @@ class _Job:
                 winner = other
         return winner, rows
 
+    def waterfall(self, winner: Trial) -> list[dict[str, Any]]:
+        """What each technique of the winner brought on top of those before it, in the order they are applied; all
+        measured together against the baseline. Empty where the winner has fewer than two."""
+        whole = Recipe.parse(winner.resolved).techniques
+        if len(whole) < 2:
+            return []
+        parts: list[Trial] = []
+        for n in range(1, len(whole)):
+            recipe = Recipe(whole[:n])
+            role = f"{PART} {n}"
+            known = next((t for t in self.on.trials if t.ok and t.resolved == str(recipe) and t.artifact), None)
+            self.stage(f"measuring the winner's first {n}")
+            parts.append(known or self.find(role, recipe) or self.trial(role, recipe))
+        made = [t for t in parts if t.ok] + [winner]
+        measured = {t.resolved: t for t in self.remeasure(made)}
+        rows = []
+        for technique, trial in zip(whole, [*parts, winner], strict=True):
+            found = measured[trial.resolved].metrics if trial.ok else Metrics()
+            rows.append({
+                "technique": str(technique),
+                "recipe": trial.resolved or trial.recipe,
+                "speedup": found.speedup,
+                "speedup_ci": found.speedup_ci,
+                "drop": found.drop,
+                "reason": trial.reason,
+            })  # fmt: skip
+        return rows
+
     def needed(self, winner: Trial, other: Trial) -> str:
         """Why a technique that saves no time must stay: the limit that fails without it; "" where none does."""
         base = self.baseline.metrics
@@ -590,7 +741,12 @@ class _Job:
         return ""
 
     def conclude(
-        self, winner: Trial, ablation: list[dict[str, Any]], loaded: Loaded, capabilities: dict[str, Any]
+        self,
+        winner: Trial,
+        ablation: list[dict[str, Any]],
+        waterfall: list[dict[str, Any]],
+        loaded: Loaded,
+        capabilities: dict[str, Any],
     ) -> Result:
         """The final measurement and the one reading of ``report``; result.json, the page, the cards."""
         self.stage("final measurement")
@@ -642,6 +798,8 @@ class _Job:
             "pareto": front,
             "trials": [t.to_json() for t in trials],
             "ablation": ablation,
+            "waterfall": waterfall,
+            "exits": self.exits(artifact),
             "budget": self.budget.to_json(metrics, reference),
             "met": met,
             "profile": self.profiles(base, winner),
@@ -665,6 +823,11 @@ class _Job:
             self.folder,
             result,
         )
+
+    def exits(self, artifact: Artifact) -> dict[str, Any] | None:
+        """Where the winner's samples leave, and what was promised; None where it has no exits."""
+        decisions = artifact.plan["decisions"]
+        return {"decisions": decisions, **artifact.plan["exits"]} if decisions else None
 
     def keep(self, winner: Trial) -> Artifact:
         """The winner's artifact at a place that can be told in advance: OUT/best, whole or not at all."""

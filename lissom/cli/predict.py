@@ -37,7 +37,8 @@ def predict(
         rows.append({"image": image, **ranking[0], "label": prediction.label, "exit": prediction.exit, "top": ranking})
         if not as_json:
             answers = ", ".join(f"{name} {100 * share:.1f} %" for name, share in prediction.ranking)
-            print(clean(f"{image}: {answers}"), flush=True)
+            where = f" ({predictor.place(prediction.exit)})" if predictor.exits else ""
+            print(clean(f"{image}: {answers}{where}"), flush=True)
     if as_json:
         print(json.dumps(rows, indent=1))
     if failed:

@@ -17,6 +17,7 @@ def slim(
     techniques: str = typer.Option(None, help="Techniques to search, comma-separated. Default: all."),
     recipe: str = typer.Option(None, help="Apply this one recipe (its text, or a JSON file) without a search."),
     trials: int = typer.Option(None, min=1, help="Trials at most. Default: 12 (8 without arguments)."),
+    search: str = typer.Option("linas", help="linas, nsga2 or random."),
     time: float = typer.Option(None, min=0.1, help="Minutes at most, roughly."),
     runtime: str = typer.Option("openvino", help="openvino, onnxruntime or torch."),
     device: str = typer.Option("cpu", help="cpu, or ssh://HOST."),
@@ -25,6 +26,9 @@ def slim(
         None, min=1, help="Threads. Default: every processor this process may use (1 without arguments)."
     ),
     train: int = typer.Option(None, min=0, help="Train the model for so many epochs first."),
+    recover: float = typer.Option(
+        None, min=0.01, help="Minutes at most for each training that a recipe needs. Default: five epochs."
+    ),
     arch: str = typer.Option(None, help="The timm name of a weight file's network."),
     weights: str = typer.Option(None, help="A weight file, or 'pretrained' for timm's (fetched from its hub)."),
     out: str = typer.Option(None, help="The run's folder. Default: runs/1, runs/2, ..."),
@@ -66,12 +70,14 @@ def slim(
                 techniques=techniques,
                 recipe=recipe,
                 trials=trials,
+                search=search,
                 time=time,
                 runtime=runtime,
                 device=device,
                 batch=batch,
                 threads=threads,
                 train=train,
+                recover=recover,
                 arch=arch,
                 weights=weights,
                 out=out,

@@ -139,6 +139,28 @@ def _verification(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _exits(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The winner's exits: what was promised of them, and a row each, the way to the end last."""
+    exits = result.get("exits")
+    if not exits:
+        return None
+    rows = [
+        {"at": d.get("at"), "rule": d.get("rule"), "threshold": d.get("threshold"),
+         "shown": "never" if d.get("threshold") is None else f"{d['threshold']:.4g}"}
+        for d in exits["decisions"]
+    ]  # fmt: skip
+    rows.append({"at": "the end", "rule": "", "threshold": None, "shown": ""})
+    shares = exits.get("shares") or [None] * len(rows)
+    for row, share in zip(rows, shares, strict=False):
+        row["share"] = _percent(share)
+    sure, points = f"{100 * (1 - exits['delta']):.0f} %", f"{100 * exits['risk']:.2g} points"
+    promise = (
+        f"With a probability of {sure} the exits cost at most {points} of {result['task']['metric']}, judged on "
+        f"{exits['n_test']} samples (Learn then Test). {exits.get('note') or ''}"
+    )
+    return {"rows": rows, "promise": promise}
+
+
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     e, splits = result["environment"], result["task"]["splits"]
     facts = [
@@ -206,6 +228,8 @@ def render(result: dict[str, Any], most: int = 500) -> str:
         pareto=[pareto_svg(result, width, trials) for width in WIDTHS],
         plot_note=cost_axis(result)[1],
         ablation=ablation,
+        waterfall=result.get("waterfall") or [],
+        exits=_exits(result),
         timed=any(known(row.get("with_ms")) for row in ablation),
         forest=[forest_svg(ablation, min(width, 720)) for width in WIDTHS],
         peers=peers,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
+
+from torch import nn
 
 from lissom.export.plan import Plan
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 
-__all__ = ["STAGES", "Subset", "Technique"]
+__all__ = ["STAGES", "Probe", "Subset", "Technique"]
 
 STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision", "memory")
 
@@ -28,6 +30,10 @@ class Subset:
         most = max(1, len(self.items) // 3)
         count = min(len(self.items), 1 + int(most * rng.random() ** 2))
         return tuple(sorted(rng.sample(self.items, count), key=self.items.index))
+
+
+# Of each (module, replacement, shape of an input without the batch): the module's time over the replacement's.
+Probe = Callable[[Sequence[tuple[nn.Module, nn.Module, tuple[int, ...]]]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,20 @@ class Technique:
     def variants(self, plan: Plan, target: Target) -> tuple[Self, ...]:
         """The settings an undecided knob (None) stands for; all are measured and the winner is kept."""
         return (self,)
+
+    def settle(self, plan: Plan, task: Task, probe: Probe) -> Self:
+        """This technique with what the device decides written into its knobs: which layers gain from it. Called once
+        before ``apply`` by those who can measure; ``probe`` compares modules on the device."""
+        return self
+
+    def only(self, places: tuple[str, ...]) -> Self:
+        """This technique at some of its places alone: for those that stand at several, as exits do."""
+        raise NotImplementedError(f"{self.name} has no places to choose from")
+
+    def training_form(self) -> Self:
+        """This technique as its recovery is trained: recipes that differ only in knobs that training does not feel
+        share one training."""
+        return self
 
     def knobs(self) -> dict[str, Any]:
         """The knobs that differ from their defaults, in the order of the fields."""

@@ -1,7 +1,7 @@
 """A deterministic stand-in for the meter, and a small model and task; run as a program, it makes one run.
 
-``python standin.py FOLDER [--resume] [--kill EVENTS] [--after SECONDS]``: kills itself with SIGKILL after so many
-events, or so many seconds.
+``python standin.py FOLDER [--resume] [--kill EVENTS] [--after SECONDS] [--only TECHNIQUE]``: kills itself with SIGKILL
+after so many events, or so many seconds; with ``--only`` it slims a small transformer by that technique alone.
 """
 
 import hashlib
@@ -66,6 +66,16 @@ def model():
     return net.eval()
 
 
+def transformer():
+    """A ViT of 16 tokens, which every technique but fuse and bf16 has something to do on."""
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=12, patch_size=3, embed_dim=32, num_heads=2, depth=4, num_classes=4
+    ).eval()
+
+
 def task(model, labelled=True):
     """Data whose labels are the model's own answers, with a tenth of them changed: quality is 90 points."""
     rng = np.random.default_rng(0)
@@ -83,7 +93,7 @@ def run(folder, **options):
     import lissom.slimming as slimming
 
     slimming._Job.profiles = lambda self, base, winner: None
-    net = model()
+    net = options.pop("net", None) or model()
     options.setdefault("trials", 7)
     options.setdefault("meter", StandIn())
     options.setdefault("task", task(net))
@@ -110,7 +120,10 @@ def main():
 
     if seconds is not None:
         threading.Timer(seconds, die).start()
-    run(Path(sys.argv[1]), resume="--resume" in words, progress=progress)
+    options = {}
+    if "--only" in words:
+        options = {"net": transformer(), "techniques": (words[words.index("--only") + 1],), "trials": 4}
+    run(Path(sys.argv[1]), resume="--resume" in words, progress=progress, **options)
 
 
 if __name__ == "__main__":

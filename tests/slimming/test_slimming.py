@@ -15,7 +15,7 @@ import pytest
 
 import lissom
 from lissom.errors import LissomError
-from lissom.registry import register
+from lissom.registry import parts, register
 from lissom.runtime.artifact import Artifact
 from lissom.techniques.base import Technique
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import standin
 
 PROGRAM = Path(__file__).parent / "standin.py"
+EVERY = [part.name for part in parts("technique")]  # before this file plants its own
 
 
 @register("technique", "slowpoke")
@@ -214,14 +215,14 @@ def start(folder, *words):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def kill_and_resume(folder, kills):
+def kill_and_resume(folder, kills, *words):
     """Start, be killed as each of ``kills`` says, resume until done."""
     resume = []
     for kill in kills:
-        done = start(folder, *resume, *kill)
+        done = start(folder, *resume, *kill, *words)
         assert done.returncode in (-9, 0), done.stderr[-800:]
         resume = ["--resume"] if (folder / "run.json").exists() else []
-    last = start(folder, *resume)
+    last = start(folder, *resume, *words)
     assert last.returncode == 0, last.stderr[-800:]
 
 
@@ -242,6 +243,35 @@ def test_ten_kills_at_random(tmp_path):
         folder = tmp_path / f"killed{n}"
         kill_and_resume(folder, [["--after", f"{rng.uniform(3, 25):.1f}"]])
         assert lines(folder) == lines(tmp_path / "whole")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EVERY)
+def test_every_technique_survives_a_kill(tmp_path, name):
+    assert start(tmp_path / "whole", "--only", name).returncode == 0
+    # One kill as the technique's own trial begins, one in the middle of it (its recovery, where it has one).
+    for events in ("6", "8"):
+        folder = tmp_path / f"killed{events}"
+        kill_and_resume(folder, [["--kill", events]], "--only", name)
+        assert lines(folder) == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_technique_makes_a_model_or_says_why_not(tmp_path, name):
+    result = standin.run(tmp_path / "r", net=standin.transformer(), techniques=(name,), trials=3)
+    (trial,) = rows(result, "alone")
+    assert trial.status in ("ok", "not applicable"), trial.reason
+    if trial.ok:
+        artifact = Artifact.open(result.folder / trial.artifact)
+        assert artifact.plan["recipe"] == trial.resolved
+        assert trial.metrics.quality is not None
+        assert trial.metrics.speedup is not None
+        assert trial.metrics.macs > 0
+        assert trial.metrics.params > 0
+    else:
+        assert len(trial.reason) > 20
+    # Whatever it did, what is handed back is not slower than the model as it was.
+    assert result.best.metrics.speedup >= 1.0
 
 
 def test_a_second_run_in_the_folder_is_refused(result):

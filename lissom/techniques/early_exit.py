@@ -1,0 +1,185 @@
+"""early_exit: easy inputs leave through a head in the middle of the network, hard ones run on.
+
+Heads and their training are LGViT's for transformers (Xu et al. 2023, arXiv 2308.00255) and plain convolutional ones
+for convolutional networks; the backbone stays frozen. Thresholds are fitted after quantisation with a promise
+(Learn-then-Test, arXiv 2110.01052), and the exported graph is cut behind the modules that exits read.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from lissom.errors import NotApplicable
+from lissom.export.capture import clone
+from lissom.export.cuts import CutPoint, check_cut, cut_points
+from lissom.export.plan import Exit, Plan
+from lissom.layers.exit_heads import build_head, head_kinds
+from lissom.layers.exits import Exits, attach_exits
+from lissom.layers.token_clustering import token_grid
+from lissom.registry import register
+from lissom.runtime.target import Target
+from lissom.tasks.task import Task
+from lissom.techniques.base import Technique
+from lissom.training.methods.lgvit import ExitDistillation
+
+__all__ = ["EarlyExit", "positions"]
+
+EVERYWHERE = ("*",)
+MOST = 8  # exits: as many as LGViT has
+TOKENS_FROM, MAPS_FROM, UNTIL = 0.3, 0.15, 0.93  # shares of the operations between which exits make sense
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+@register("technique", "early_exit")
+@dataclass(frozen=True)
+class EarlyExit(Technique):
+    """Let inputs leave early.
+
+    ``at``: paths of the modules behind which exits stand, any that the model can be cut behind; a number n stands for
+    ``blocks.n``, ("*",) for every place that makes sense. None: three of these, evenly spread. ``rule``: "confidence"
+    or "entropy". ``risk``: points of quality that the exits may cost, kept with a probability of 95 %.
+    """
+
+    name: ClassVar[str] = "early_exit"
+    stage: ClassVar[str] = "exits"
+
+    at: tuple[str | int, ...] | None = None
+    rule: str = "confidence"
+    risk: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.at is not None and (isinstance(self.at, str | int) or not self.at):
+            raise ValueError("at is a tuple of module paths or block numbers, as in at=(4, 8) or at=('layer2',)")
+        if self.rule not in ("confidence", "entropy"):
+            raise ValueError(f"rule is 'confidence' or 'entropy', not {self.rule!r}")
+        if not 0 < self.risk < 100:
+            raise ValueError(f"risk is in points of quality, between 0 and 100, not {self.risk!r}")
+
+    def check(self, plan: Plan, target: Target) -> None:
+        if target.runtime != "openvino":
+            raise NotApplicable("early exits are cut out of OpenVINO graphs only: --runtime openvino")
+        if plan.decisions:
+            raise NotApplicable("the plan has exits already")
+
+    def apply(self, plan: Plan, task: Task) -> Plan:
+        if task.kind != "classification":
+            raise NotApplicable("early exits answer for a whole image: they are for classification")
+        known = positions(plan.model, task.shape)
+        if not known:
+            raise NotApplicable("the model has no place in its middle that all of its computation goes through")
+        wanted = self._paths(known)
+        points = sorted((check_cut(plan.model, task.shape, path) for path in wanted), key=lambda p: p.done)
+        # A head's kind goes with its place among all places, so that heads trained once serve every choice of places.
+        places = {path: i for i, path in enumerate(known)}
+        model = clone(plan.model)
+        samples = _outputs(model, task.shape, [p.path for p in points])
+        maps = any(s.ndim == 4 for s in samples.values())
+        kinds = head_kinds(len(known), maps)
+        classes = int(samples[""].shape[1])
+        prefix = int(getattr(model, "num_prefix_tokens", 1 if getattr(model, "cls_token", None) is not None else 0))
+        heads = []
+        for number, point in enumerate(points):
+            kind = kinds[places.get(point.path, min(number, len(kinds) - 1))]
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(places.get(point.path, number))
+                heads.append(build_head(samples[point.path], classes, kind, prefix=prefix,
+                                        grid=token_grid(model, point.path)).eval())  # fmt: skip
+        own = _operations(model, task.shape)
+        spent, exits = 0.0, []
+        for point, head in zip(points, heads, strict=True):
+            spent += _operations(head, tuple(samples[point.path].shape[1:])) / own
+            exits.append(Exit(point.path, self.rule, self.risk, cost=point.done + spent, heads=spent))
+        attach_exits(model, Exits([p.path for p in points], heads))
+        changed = plan.with_model(model.eval(), f"early_exit at {', '.join(p.path for p in points)}")
+        return replace(changed, decisions=tuple(exits)).with_recovery(ExitDistillation())
+
+    def _paths(self, known: Sequence[str]) -> list[str]:
+        if self.at is None:
+            return _spread(known, 3)
+        if self.at == EVERYWHERE:
+            return list(known)
+        return list(dict.fromkeys(f"blocks.{p}" if isinstance(p, int) else p for p in self.at))
+
+    def only(self, places: tuple[str, ...]) -> Self:
+        return replace(self, at=places)
+
+    def training_form(self) -> Self:
+        """Heads at every place, trained once for all recipes that differ only in where and when samples leave."""
+        return replace(self, at=EVERYWHERE, rule="confidence", risk=0.5)
+
+    @classmethod
+    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any]]:
+        known = positions(plan.model, plan.shape) if plan.shape else ()
+        choices = [(p,) for p in known] + [tuple(_spread(known, n)) for n in (2, 3, 4, MOST) if n <= len(known)]
+        if len(known) > 3:
+            choices += [(known[0], known[-1]), (known[0], known[len(known) // 2]), tuple(known[:2])]
+        return {"at": list(dict.fromkeys(choices)), "risk": (0.25, 0.5, 1.0)}
+
+
+def positions(model: nn.Module, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Paths of at most eight modules of ``model`` behind which an exit makes sense, in order of execution.
+
+    Cut points between a third (tokens) or a seventh (feature maps) and nine tenths of the operations; of neighbours
+    the one that hands on the fewest numbers, then the outermost.
+    """
+    cache = _known.setdefault(model, {})
+    if shape not in cache:
+        points = [p for p in cut_points(model, shape) if len(p.shape) in (2, 3)]
+        usable = [p for p in points if (TOKENS_FROM if len(p.shape) == 2 else MAPS_FROM) <= p.done <= UNTIL]
+        cache[shape] = tuple(p.path for p in _best_of_bins(usable))
+    return cache[shape]
+
+
+def _best_of_bins(points: Sequence[CutPoint]) -> list[CutPoint]:
+    if not points:
+        return []
+    low, high = points[0].done, points[-1].done
+    width = max(high - low, 1e-9) / MOST
+    bins: dict[int, list[CutPoint]] = {}
+    for point in points:
+        bins.setdefault(min(MOST - 1, int((point.done - low) / width)), []).append(point)
+    return [min(group, key=lambda p: (math.prod(p.shape), p.path.count("."), -p.done)) for group in bins.values()]
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """``count`` of the items, evenly spread, the ends left out where there are more than enough."""
+    if count >= len(items):
+        return list(items)
+    places = [round((i + 0.5) * len(items) / count - 0.5) for i in range(count)]
+    return [items[i] for i in dict.fromkeys(places)]
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, shape: tuple[int, ...], paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What the modules answer to two zero inputs; the model's own answer under ""."""
+    found: dict[str, torch.Tensor] = {}
+    handles = []
+    for path in paths:
+
+        def keep(module: nn.Module, inputs: Any, output: Any, path: str = path) -> None:
+            found[path] = output
+
+        handles.append(model.get_submodule(path).register_forward_hook(keep))
+    try:
+        found[""] = model(torch.zeros(2, *shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _operations(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one input."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape))
+    return max(1, counter.get_total_flops() // 2)

@@ -1,0 +1,135 @@
+"""One recovery training for what a recipe changed, kept on disk and shared by recipes that train alike."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lissom.errors import NotApplicable
+from lissom.export.plan import Plan
+from lissom.layers.exits import exits_of
+from lissom.runtime.target import Target
+from lissom.tasks.task import Task
+from lissom.techniques.base import STAGES
+from lissom.techniques.recipe import Recipe
+from lissom.training.loop import FitEvent, fit
+from lissom.training.methods.recovery import Answers, Recovery
+
+__all__ = ["Recoverer"]
+
+BATCH = 128
+LEARNING_RATE = 1e-3
+
+
+class Recoverer:
+    """Trains plans that ask for it; ``folder`` keeps the weights, so that a resumed run trains nothing twice.
+
+    A training lasts at most ``epochs`` epochs and ``seconds`` (None: no limit; with one, results depend on the
+    machine's speed). Its seed is a hash of ``seed``, the recipe and the data's name.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        task: Task,
+        target: Target,
+        folder: Path,
+        *,
+        epochs: int,
+        seconds: float | None,
+        seed: int,
+        progress: Callable[[FitEvent], None] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.plan, self.task, self.target, self.folder = plan, task, target, folder
+        self.epochs, self.seconds, self.seed = epochs, seconds, seed
+        self.progress, self.threads = progress, threads
+
+    def recover(self, recipe: Recipe, plan: Plan) -> Plan:
+        """``plan``, which ``recipe`` made, with trained weights; as it is where no technique asks for training.
+
+        Raises NotApplicable where there is nothing to train on.
+        """
+        if not plan.recovery:
+            return plan
+        if self.task.fit is None or len(self.task.fit) == 0:
+            raise NotApplicable("this recipe needs a training, and the data have nothing to train on: give a train/")
+        form = training_form(recipe)
+        trained = form.apply(self.plan, self.task, self.target)
+        name = hashlib.sha256(f"{self.seed} {form} {self.task.name}".encode()).hexdigest()[:16]
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            trained.model.load_state_dict(load_file(path))
+        else:
+            self._train(trained, path, self.folder / name, int(name[:7], 16))
+        return plan.with_model(adopt(plan.model, trained.model))
+
+    def _train(self, plan: Plan, path: Path, folder: Path, seed: int) -> None:
+        model = plan.model
+        exits = exits_of(model)
+        heads = {id(p) for p in exits.parameters()} if exits is not None else set()
+        terms = list(plan.recovery)
+        rest = {id(p) for term in terms for p in term.parameters(model)} - heads
+        if rest:
+            terms.insert(0, Answers())
+        # Heads alone learn from the model they stand on: a second forward pass of the same weights is saved.
+        alone = not rest and plan.model is not self.plan.model and _same_backbone(model, self.plan.model)
+        method = Recovery(None if alone else self.plan.model, tuple(terms))
+        fit(
+            model,
+            self.task,
+            method=method,
+            epochs=self.epochs,
+            batch=BATCH,
+            lr=LEARNING_RATE,
+            seed=seed,
+            folder=folder,
+            resume=folder.exists(),
+            time_limit=self.seconds,
+            progress=self.progress,
+            threads=self.threads,
+        )
+        fresh = path.with_name(f".{path.name}")
+        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fresh)
+        os.replace(fresh, path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def training_form(recipe: Recipe) -> Recipe:
+    """What of a recipe a training feels: its techniques before precision, in the form they are trained in."""
+    precision = STAGES.index("precision")
+    return Recipe(tuple(t.training_form() for t in recipe.techniques if STAGES.index(t.stage) < precision))
+
+
+@torch.no_grad()
+def adopt(model: nn.Module, trained: nn.Module) -> nn.Module:
+    """A copy of ``model`` with the weights of ``trained``, which may have exits at more places."""
+    model = copy.deepcopy(model)
+    own, given = exits_of(model), exits_of(trained)
+    state = {k: v for k, v in trained.state_dict().items() if not k.startswith("exits.heads.") or given is None}
+    if own is not None and given is not None:
+        for i, position in enumerate(own.positions):
+            head = given.heads[given.positions.index(position)]
+            state |= {f"exits.heads.{i}.{k}": v for k, v in head.state_dict().items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _same_backbone(model: nn.Module, original: nn.Module) -> bool:
+    """Whether the model without its exits has the original's weights, all of them, and computes with them alone."""
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("exits.")}
+    other = original.state_dict()
+    modules = sum(1 for name, _ in model.named_modules() if name.partition(".")[0] != "exits")
+    return (
+        own.keys() == other.keys()
+        and modules == sum(1 for _ in original.modules())
+        and all(torch.equal(own[k], other[k]) for k in own)
+    )
