@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lissom.data.sources import read
 from lissom.errors import LissomError
@@ -51,6 +52,11 @@ def main() -> int:
     parser.add_argument("--budget", default="drop<=1.0")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--techniques", help="as in lissom slim; default: all")
+    parser.add_argument("--recipe", help="judge this recipe instead of searching")
+    parser.add_argument("--recover", type=float, help="minutes at most for each training that a recipe needs")
+    parser.add_argument("--arch", help="the timm name of a weight file's network")
+    parser.add_argument("--out", type=Path, help="the run's folder, to be kept and resumed; default: a temporary one")
     parser.add_argument("--seconds", type=float, default=4.0, help="running time of each row")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +69,7 @@ def main() -> int:
 def compare(options: argparse.Namespace, folder: Path) -> str:
     """Search, export the rivals, measure everything together; the section's text."""
     demo = options.model == "demo"
+    run = options.out or folder / "run"
     result = slim(
         None if demo else options.model,
         None if demo else options.data,
@@ -70,13 +77,18 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
         budget=options.budget,
         threads=options.threads,
         trials=options.trials,
-        out=folder / "run",
+        techniques=options.techniques,
+        recipe=options.recipe,
+        recover=options.recover,
+        arch=options.arch,
+        out=run,
+        resume=run.exists(),
         progress=lambda event: print(event.text, file=sys.stderr, flush=True),
     )
     if demo:
-        loaded = load_model(str(folder / "run" / "baseline.safetensors"), arch="digits_vit")
+        loaded = load_model(str(run / "baseline.safetensors"), arch="digits_vit")
     else:
-        loaded = load_model(options.model, weights=options.weights)
+        loaded = load_model(options.model, weights=options.weights, arch=options.arch)
     data = read(options.data)
     task = make_task(data, preprocessing=loaded.preprocessing(data.image_size), trained_here=demo)
     few = (task.fit or task.choose).sample(CALIBRATION, 0)
@@ -141,8 +153,30 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
         low, high = row["ratio_ci"] or (0.0, 0.0)
         ratio = f" (without it {row['ratio']:.2f}x the time, {low:.2f} to {high:.2f})" if row["ratio"] else ""
         lines.append(f"- `{row['technique']}`: {row['reason']}{ratio}")
+    lines += built_up(result.json["waterfall"]) + leaving(result.json["exits"])
     shutil.rmtree(folder / "run" / "artifacts", ignore_errors=True)
     return "\n".join(lines)
+
+
+def built_up(waterfall: list[dict[str, Any]]) -> list[str]:
+    """What each technique brought on top of those before it."""
+    if not waterfall:
+        return []
+    lines = ["", "Built up, in the order they are applied (speed against OpenVINO float32, drop on choose):", ""]
+    for row in waterfall:
+        low, high = row["speedup_ci"] or (0.0, 0.0)
+        figures = row["reason"] if row["speedup"] is None else f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}]"
+        drop = "" if row["drop"] is None else f", drop {row['drop']:.2f}"
+        lines.append(f"- + `{row['technique']}`: {figures}{drop}")
+    return lines
+
+
+def leaving(exits: dict[str, Any] | None) -> list[str]:
+    """Where samples leave."""
+    if not exits:
+        return []
+    places = [f"{d['at']} {100 * s:.1f} %" for d, s in zip(exits["decisions"], exits["shares"], strict=False)]
+    return ["", f"Samples leave behind {', '.join(places)}; {100 * exits['shares'][-1]:.1f} % run to the end."]
 
 
 def write(name: str, section: str) -> None:

@@ -47,7 +47,7 @@ def propose(
     target: Target,
     best: Trial | None = None,
     *,
-    search: str = "random",
+    search: str = "linas",
     population: int = 4,
     quantities: Sequence[str] = ("latency",),
     baseline: Metrics | None = None,
