@@ -82,7 +82,9 @@ class Int8(Technique):
             "linear": self.linear or "matmul",
             "products": self.products or 8,
         }
-        return plan.with_precision(Precision({"": 8, **dict.fromkeys(self.keep, rest)}, options))
+        # What earlier techniques ask to stay in float (token_clustering's own arithmetic) stays so.
+        asked = {path: bits for path, bits in plan.precision.bits.items() if path}
+        return plan.with_precision(Precision({"": 8, **asked, **dict.fromkeys(self.keep, rest)}, options))
 
     @classmethod
     def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset]:

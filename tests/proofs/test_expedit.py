@@ -127,4 +127,4 @@ def test_verdicts_follow_the_figures() -> None:
 def test_quick_runs_as_it_is() -> None:
     result = run_proof("expedit", quick=True, seeds=2)
     untouched = next(row for row in result.rows if row.name == "(a) untouched")
-    assert untouched.mean > 20
+    assert untouched.mean > 17  # 29 and 22 were seen
