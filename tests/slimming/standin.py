@@ -95,6 +95,7 @@ def run(folder, **options):
     slimming._Job.profiles = lambda self, base, winner: None
     net = options.pop("net", None) or model()
     options.setdefault("trials", 7)
+    options.setdefault("techniques", ("fuse", "bf16", "int8"))  # those that train have runs of their own
     options.setdefault("meter", StandIn())
     options.setdefault("task", task(net))
     return slimming.slim(net, out=folder, threads=1, budget="latency<=0.7x, drop<=5", **options)
