@@ -116,9 +116,12 @@ class OpenVinoGraph:
         rows = {}
         for node in self.compiled.get_runtime_model().get_ordered_ops():
             info = _info(node)
-            if info["execTimeMcs"].isdigit():
+            counted = info["execTimeMcs"].isdigit()
+            # A mean below one microsecond reads "not_executed", as a constant's does; only what ran has a kernel.
+            if counted or not info["primitiveType"].startswith(("unknown", "undef")):
                 names = tuple(name for name in info["originalLayersNames"].split(",") if name)
-                row = (names, info["layerType"], info["primitiveType"], int(info["execTimeMcs"]) + 0.5)
+                mean = (int(info["execTimeMcs"]) if counted else 0) + 0.5
+                row = (names, info["layerType"], info["primitiveType"], mean)
                 rows[node.get_friendly_name()] = row
         return rows
 
