@@ -2,30 +2,65 @@
 
     python benchmarks/train_reference.py --data DATA --teacher FILE.py:FUNCTION --teacher-weights FILE [--out FOLDER]
 
-trains ``cifar_vit`` in two parts, each resumable (run the same line again): ``--epochs`` epochs with half of the
-patches left out at random, which halves the cost of a step (PatchDropout, arXiv 2208.07220), then ``--whole`` epochs
-with all of them. The weights go to benchmarks/weights/cifar_vit.safetensors in float16 (half the size; they are read
-back as float32), their accuracy and the history to benchmarks/weights/cifar_vit.json.
+trains ``cifar_vit`` in three parts, each resumable (run the same line again): ``--shallow`` epochs of a network of four
+blocks, whose copies, one set of four upon another, are the start of the twelve (progressive stacking, Gong et al.,
+ICML 2019); ``--thinned`` epochs of the twelve; both with half of the patches left out at random, which halves the cost
+of a step (PatchDropout, arXiv 2208.07220); then ``--whole`` epochs with all of them. The teacher answers through
+OpenVINO, in half of torch's time. The weights go to benchmarks/weights/cifar_vit.safetensors in float16 (half the
+size; they are read back as float32), their accuracy and the history to benchmarks/weights/cifar_vit.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from lissom.data.sources import read
 from lissom.models.factory import create_model, load_model
+from lissom.registry import load_part
 from lissom.runtime.artifact import write_atomic
+from lissom.runtime.backends import Stages
+from lissom.runtime.target import default_threads
 from lissom.tasks.classification import make_task
 from lissom.training.loop import FitEvent, evaluate, fit
 from lissom.training.methods.distillation import Distillation
 
 WEIGHTS = Path(__file__).parent / "weights"
+SHALLOW = 4  # blocks of the first part; they divide the twelve
+
+
+class Exported(nn.Module):
+    """A network that answers whole batches through OpenVINO, and others as it is."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], batch: int, folder: Path, threads: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.batch = batch
+        artifact = load_part("exporter", "float32")(model, shape, "openvino", batch, folder / "teacher")
+        self.stages = Stages(artifact, threads or default_threads())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) != self.batch:
+            return self.model(x)
+        return torch.from_numpy(self.stages.run(x.numpy()))
+
+
+def stacked(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
+    """The weights of ``depth`` blocks: the blocks of ``state``, over and over, and all else as it is."""
+    blocks = {name: value for name, value in state.items() if name.startswith("blocks.")}
+    count = 1 + max(int(name.split(".")[1]) for name in blocks)
+    grown = {name: value for name, value in state.items() if name not in blocks}
+    for name, value in blocks.items():
+        _, number, rest = name.split(".", 2)
+        grown.update((f"blocks.{n}.{rest}", value) for n in range(int(number), depth, count))
+    return grown
 
 
 def main() -> int:
@@ -33,9 +68,10 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="CIFAR-10 as a Parquet folder")
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--teacher-weights", required=True)
-    parser.add_argument("--epochs", type=int, default=30, help="with half of the patches")
-    parser.add_argument("--whole", type=int, default=4, help="with all of them, afterwards")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--shallow", type=int, default=8, help="epochs of four blocks")
+    parser.add_argument("--thinned", type=int, default=5, help="epochs of twelve blocks with half of the patches")
+    parser.add_argument("--whole", type=int, default=1, help="epochs with all of them")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/reference"), help="checkpoints")
     options = parser.parse_args()
@@ -44,21 +80,31 @@ def main() -> int:
     source = read(options.data)
     loaded = load_model("cifar_vit", seed=0)
     task = make_task(source, preprocessing=loaded.preprocessing(source.image_size), trained_here=True)
-    method = Distillation(teacher=teacher.model, temperature=2.0, alpha=0.5)
-    common = {"method": method, "batch": options.batch, "flip": True, "threads": options.threads, "resume": True}
+    common = {"batch": options.batch, "flip": True, "threads": options.threads, "resume": True}
 
     def line(event: FitEvent) -> None:
         print(f"epoch {event.epoch}/{event.epochs} loss {event.loss:.4f} choose {event.quality:.2f} %"
               f" {event.seconds:.0f} s", flush=True)  # fmt: skip
 
-    thinned = create_model("cifar_vit", patch_drop_rate=0.5)
-    thinned.load_state_dict(loaded.model.state_dict())
-    first = fit(thinned, task, epochs=options.epochs, folder=options.out / "thinned", progress=line, **common)
-    model = loaded.model
-    model.load_state_dict(thinned.state_dict())
-    second = fit(
-        model, task, epochs=options.whole, lr=2e-4, seed=1, folder=options.out / "whole", progress=line, **common
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        taught = Exported(teacher.model, task.shape, options.batch, Path(folder), options.threads)
+        method = Distillation(teacher=taught, temperature=2.0, alpha=0.5)
+        torch.manual_seed(0)
+        model = create_model("cifar_vit", depth=SHALLOW, patch_drop_rate=0.5)
+        history = {}
+        for seed, (part, depth, drop, epochs, lr) in enumerate((
+            ("shallow", SHALLOW, 0.5, options.shallow, 1e-3),
+            ("thinned", len(loaded.model.blocks), 0.5, options.thinned, 1e-3),
+            ("whole", len(loaded.model.blocks), 0.0, options.whole, 2e-4),
+        )):  # fmt: skip
+            grown = create_model("cifar_vit", depth=depth, patch_drop_rate=drop)
+            grown.load_state_dict(stacked(model.state_dict(), depth))
+            model = grown
+            result = fit(
+                model, task, method=method, epochs=epochs, lr=lr, seed=seed, folder=options.out / part,
+                progress=line, **common,
+            )  # fmt: skip
+            history[part] = list(result.history)
     state = {name: value.half().contiguous() if value.is_floating_point() else value.clone()
              for name, value in model.state_dict().items()}  # fmt: skip
     model.load_state_dict(state)  # what is judged is what is kept
@@ -70,8 +116,7 @@ def main() -> int:
         "data": source.name,
         "report": asdict(judged),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "thinned": list(first.history),
-        "whole": list(second.history),
+        "history": history,
         "torch": torch.__version__,
     }
     write_atomic(WEIGHTS / "cifar_vit.json", json.dumps(record, indent=1))
