@@ -48,6 +48,7 @@ from lissom.runtime.target import Target, default_threads
 from lissom.search.linas import Found, linas, measured_nsga2, random_search
 from lissom.search.nsga2 import hypervolume, non_dominated
 from lissom.search.proposals import INNER, batch_size
+from lissom.slimming import RECOVERY_EPOCHS, RECOVERY_STEPS
 from lissom.tasks.classification import make_task
 from lissom.tasks.task import Task, batches
 from lissom.techniques.early_exit import EarlyExit
@@ -63,7 +64,6 @@ EXITS = (4, 6, 8, 10)  # blocks behind which exits stand
 RULES = ("confidence", "entropy")
 RISKS = (0.25, 0.5, 1.0, 2.0, 4.0)
 JUDGED, FITTED = 1000, 2000  # images
-HEAD_EPOCHS = 2
 CALIBRATION = 128
 ROUNDS = 200
 BUDGET, SEEDS = 200, 5
@@ -124,7 +124,7 @@ def main() -> int:
 def record(options: argparse.Namespace) -> int:
     loaded = load_model(options.model, weights=options.weights, arch=options.arch)
     data = read(options.data)
-    task = make_task(data, preprocessing=loaded.preprocessing(data.image_size), trained_here=True)
+    task = make_task(data, preprocessing=loaded.preprocessing(data.image_size), trained_here=False)
     if len(task.choose) < JUDGED + FITTED or task.fit is None:
         raise LissomError(f"{options.data} needs a training split and {JUDGED + FITTED} images to choose by")
     target = Target("openvino", threads=options.threads,
@@ -151,7 +151,8 @@ class Recorder:
         self.images = task.choose.sample(JUDGED + FITTED, 0)
         self.exits = Recipe((EarlyExit(at=EXITS),))
         recoverer = Recoverer(
-            plan, task, target, work / "recovery", epochs=HEAD_EPOCHS, seconds=None, seed=0, threads=target.threads,
+            plan, task, target, work / "recovery", epochs=RECOVERY_EPOCHS, steps=RECOVERY_STEPS, seconds=None, seed=0,
+            threads=target.threads,
             progress=lambda event: print(f"heads, epoch {event.epoch}: loss {event.loss:.3f}", flush=True),
         )  # fmt: skip
         self.heads = exits_of(recoverer.recover(self.exits, self.exits.apply(plan, task, target)).model)

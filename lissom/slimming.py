@@ -60,7 +60,7 @@ __all__ = ["Best", "Event", "Result", "slim"]
 CALIBRATION = 300  # images: NNCF's own default
 VERIFICATION = 32  # real images on which an export is compared with its model
 TRIALS = 12
-RECOVERY_EPOCHS = 5
+RECOVERY_EPOCHS, RECOVERY_STEPS = 5, 1000  # the shorter of both: steps, because minutes depend on the machine
 PART = "part"  # role of a trial that is the beginning of the winner's recipe
 DEMO_EPOCHS = 8
 DEMO_TRAINING = {"batch": 16, "lr": 1e-3, "augment": False}  # 1,300 small digits: many short steps
@@ -150,10 +150,10 @@ def slim(
     ``budget`` as in lissom.search.budget (default: one point of drop). ``techniques`` limits the search to some,
     ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search, which is
     "linas" (predictors decide what is worth measuring), "nsga2" or "random". ``train`` epochs of training come first
-    where the model arrives untrained. ``recover`` (minutes) bounds each training that a recipe needs, of five epochs
-    otherwise; with it results depend on the machine's speed. ``weights`` is a weight file, or ``pretrained`` for
-    timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one. ``meter`` replaces the
-    device's own.
+    where the model arrives untrained. ``recover`` (minutes) bounds each training that a recipe needs, else five
+    epochs or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a weight file, or
+    ``pretrained`` for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one.
+    ``meter`` replaces the device's own.
 
     Raises LissomError for bad input; a technique that fails becomes a row of the result instead.
     """
@@ -258,6 +258,7 @@ class _Job:
                 self.target,
                 self.folder / "recovery",
                 epochs=RECOVERY_EPOCHS,
+                steps=RECOVERY_STEPS,
                 seconds=None if self.recover is None else 60 * self.recover,
                 seed=self.seed,
                 progress=self.recovering,
@@ -586,6 +587,7 @@ class _Job:
                 scores,
                 (lambda a: self.task.scores(a, targets)) if self.task.labelled else None,
                 seed=self.seed,
+                among=self.most + len(self.techniques) if self.given is None else len(self.given),
             )
             _, own = total(self.plan.model, self.task.shape)
             costs = [e.cost for e in plan.decisions] + [1 + plan.decisions[-1].heads]

@@ -23,14 +23,16 @@ def fit_exits(
     quality: Callable[[np.ndarray], np.ndarray] | None = None,
     *,
     seed: int = 0,
+    among: int = 1,
 ) -> tuple[Artifact, np.ndarray, Calibration]:
     """Fit the thresholds of ``artifact``'s exits, write them into its plan, and return it with its answers.
 
     ``answers`` (K + 1 arrays (N, classes)) and ``scores`` (N, K) are what ``run_stages`` found on data that nothing was
     trained on. ``quality`` gives each answer's own score in [0, 1] (right or wrong), (N, classes) -> (N,); without it,
     an exit is right where it agrees with the model's last answer. The promise: with probability 1 - delta the exits
-    cost at most ``risk`` points of quality over the model without them. Raises LissomError for scores that are no
-    numbers and for exits that disagree on what they promise.
+    cost at most ``risk`` points of quality over the model without them. Where one of several artifacts fitted on the
+    same data will be chosen, ``among`` is their number: each then has its share of delta, and the promise holds for
+    whichever it is. Raises LissomError for scores that are no numbers and for exits that disagree on what they promise.
     """
     promises = {(e.risk, e.delta) for e in exits}
     if len(promises) != 1:
@@ -43,12 +45,16 @@ def fit_exits(
         harm = np.stack([answer.argmax(-1) != full.argmax(-1) for answer in answers[:-1]], 1)
     # The last stage costs the model's own operations and those of all heads; the heads' share is what exits add.
     costs = np.array([*(e.cost for e in exits), 1.0 + _heads(exits)])
-    calibration = fit_thresholds(scores, harm, costs, risk=risk / 100, delta=delta, seed=seed)
+    calibration = fit_thresholds(scores, harm, costs, risk=risk / 100, delta=delta / among, seed=seed)
     decisions = [
         {"at": e.at, "rule": e.rule, "threshold": None if np.isinf(t) else float(t)}
         for e, t in zip(exits, calibration.thresholds, strict=True)
     ]
-    known = {**calibration.to_json(), "against": "labels" if quality is not None else "the model without exits"}
+    known = {
+        **calibration.to_json(),
+        "among": among,
+        "against": "labels" if quality is not None else "the model without exits",
+    }
     known["shares"] = [float(share) for share in calibration.shares]
     left = first_exits(scores, np.asarray(calibration.thresholds))
     chosen = np.stack(list(answers))[left, np.arange(len(full))]

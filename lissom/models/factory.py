@@ -6,6 +6,8 @@ Nothing here runs code from a weight file, and nothing but ``weights="pretrained
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,10 +120,10 @@ def from_published(name: str, state_dict: Mapping[str, torch.Tensor]) -> nn.Modu
     """The network ``name`` with a checkpoint in its publisher's own key names.
 
     Keys are translated by the ``checkpoint_filter_fn`` of the file that the network's class lives in, where it has
-    one. The number of classes and of input channels are the checkpoint's. Layers that the checkpoint holds as two thin
-    ones (``<layer>.0.weight``, ``<layer>.1.weight``; see lissom.layers.low_rank) become so. Index tables that the
-    network makes itself (integer buffers) may be missing. Raises LissomError that lists the keys which are missing,
-    unknown or of another shape.
+    one; for timm's classes by ``lissom/models/<the same file>`` where that exists. The number of classes and of input
+    channels are the checkpoint's. Layers that the checkpoint holds as two thin ones (``<layer>.0.weight``,
+    ``<layer>.1.weight``; see lissom.layers.low_rank) become so. Index tables that the network makes itself (integer
+    buffers) may be missing. Raises LissomError that lists the keys which are missing, unknown or of another shape.
     """
     model = create_model(name)
     state = _translated(model, state_dict, name)
@@ -307,7 +309,7 @@ def _unwrapped(found: Any) -> dict[str, torch.Tensor] | None:
 def _translated(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     """The checkpoint in the model's own names."""
     state = dict(state)
-    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    translate = getattr(_home(model), "checkpoint_filter_fn", None)
     if translate is None or state.keys() == model.state_dict().keys():
         return state
     try:
@@ -317,6 +319,17 @@ def _translated(model: nn.Module, state: Mapping[str, torch.Tensor], source: str
             f"{source}: the checkpoint is not in a form known for {type(model).__name__} "
             f"({type(error).__name__}: {_first_line(error)}); it holds {_few(state)}"
         ) from error
+
+
+def _home(model: nn.Module) -> Any:
+    """The file that reads the model's checkpoints: its own, or for a network of ``timm.models.<name>`` the file
+    ``lissom.models.<name>`` where there is one, which knows its publisher's layout too."""
+    own = type(model).__module__
+    if own.startswith("timm.models."):
+        ours = f"lissom.models.{own.rpartition('.')[2]}"
+        if importlib.util.find_spec(ours) is not None:
+            return importlib.import_module(ours)
+    return sys.modules[own]
 
 
 def _shape_of_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _exits(result: dict[str, Any]) -> dict[str, Any] | None:
     shares = exits.get("shares") or [None] * len(rows)
     for row, share in zip(rows, shares, strict=False):
         row["share"] = _percent(share)
-    sure, points = f"{100 * (1 - exits['delta']):.0f} %", f"{100 * exits['risk']:.2g} points"
+    sure, points = f"{100 * (1 - exits['delta'] * exits['among']):.0f} %", f"{100 * exits['risk']:.2g} points"
     promise = (
         f"With a probability of {sure} the exits cost at most {points} of {result['task']['metric']}, judged on "
         f"{exits['n_test']} samples (Learn then Test). {exits.get('note') or ''}"

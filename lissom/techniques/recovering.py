@@ -32,8 +32,8 @@ LEARNING_RATE = 1e-3
 class Recoverer:
     """Trains plans that ask for it; ``folder`` keeps the weights, so that a resumed run trains nothing twice.
 
-    A training lasts at most ``epochs`` epochs and ``seconds`` (None: no limit; with one, results depend on the
-    machine's speed). Its seed is a hash of ``seed``, the recipe and the data's name.
+    A training lasts at most ``epochs`` epochs, ``steps`` steps and ``seconds`` (None: no limit; with a limit
+    in seconds, results depend on the machine's speed). Its seed is a hash of ``seed``, the recipe and the data's name.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class Recoverer:
         folder: Path,
         *,
         epochs: int,
+        steps: int | None = None,
         seconds: float | None,
         seed: int,
         progress: Callable[[FitEvent], None] | None = None,
         threads: int | None = None,
     ) -> None:
         self.plan, self.task, self.target, self.folder = plan, task, target, folder
-        self.epochs, self.seconds, self.seed = epochs, seconds, seed
+        self.epochs, self.steps, self.seconds, self.seed = epochs, steps, seconds, seed
         self.progress, self.threads = progress, threads
 
     def recover(self, recipe: Recipe, plan: Plan) -> Plan:
@@ -94,6 +95,7 @@ class Recoverer:
             folder=folder,
             resume=folder.exists(),
             time_limit=self.seconds,
+            max_steps=self.steps,
             progress=self.progress,
             threads=self.threads,
         )
