@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from timm.models import reparameterize_model
 from torch import nn
 
+from lissom.models.convfirst import BlockStack
 from lissom.models.factory import _load, _translated, create_model, from_published
 
 State = Mapping[str, torch.Tensor]
@@ -62,3 +64,44 @@ BUILD |= {
         hourglass_window=3, hourglass_k=9,
     ),
 }  # fmt: skip
+
+BUILD |= {
+    "shvit/shvit_s3": published("shvit_s3_distilled"),
+    "cvt/cvt_13_avg": published("cvt_13_224", method="avg"),
+}
+
+# The merged forms by their own names; and a trained one that is merged before it answers (the fixture with a ``call``).
+BUILD |= {f"unireplknet/unireplknet_{size}_deploy": published(f"unireplknet_{size}", deploy=True) for size in "an"}
+OUTPUTS["unireplknet"] = lambda model, x: reparameterize_model(model)(x)
+
+BUILD |= {
+    "metamixer/ffnetsr_x2_small": published(
+        "ffnetsr_light_x2", scale=2, dim=12, depth=2, expansion_ratio=3, norm="BN"
+    ),
+    "metamixer/ffnetsr_x4_small": published(
+        "ffnetsr_light_x2", scale=4, dim=16, depth=3, expansion_ratio=2, norm="LN"
+    ),
+}  # fmt: skip
+
+
+def stack_convfirst(state: State) -> nn.Module:
+    """The published stage of blocks, which is no registered network: its answer is a map of one pixel."""
+    stack = BlockStack(64, group_width=8, expansion=4, depth=4, extra=2)
+    stack.load_state_dict(dict(state))
+    return stack
+
+
+BUILD |= {
+    "fit/fit_encoder_24241": published("fit_encoder"),
+    "fit/fit_encoder_causal": lambda state: published(
+        "fit_encoder", layers="(1)2(1)2", groups=5, group_size=9, latents=3, dim=24, latent_dim=32, heads=3,
+        latent_heads=4, mlp_ratio=2, position="sin_cos", mask="causal", in_dim=len(state["stem.kernel"]),
+    )(state),
+    "fit/fit_ar_unshared": published(
+        "fit_ar", vocabulary=33, layers="(1)2(1)2(1)", groups=5, group_size=8, latents=2, dim=16, latent_dim=24,
+        heads=2, latent_heads=4, mlp_ratio=2, shared=False, bias=False,
+    ),
+}  # fmt: skip
+OUTPUTS["fit/fit_denoiser"] = lambda model, x, previous, time, condition: model(x, time, condition, previous)
+
+BUILD["convfirst/stack_convfirst"] = stack_convfirst

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lissom.models.factory import create_model
+from tests.parity_adapters import BUILD, published
 
 PARITY = Path(os.environ["LISSOM_PARITY"]) if "LISSOM_PARITY" in os.environ else None
 needs_parity = pytest.mark.skipif(PARITY is None, reason="set LISSOM_PARITY to the folder of published figures")
@@ -148,3 +149,23 @@ def check_operator(system: str, name: str, build: Callable[[Mapping[str, torch.T
     with torch.no_grad():
         answer = model(own.make_input(tuple(figures["input"])))
     assert own.close(own.digest(answer), figures["output"])
+
+
+def check_network(system: str, name: str, rtol: float = 1e-3) -> None:
+    """A whole network's figures: built from the published names as ``tests/parity_adapters.py`` says, else by its own
+    name; the answer is one tensor to one input."""
+    own, figures = parity(), fixture(system, name)
+    left_out = (*figures.get("skip", ()), *figures.get("int_keys", ()))
+    state = {
+        key: torch.zeros(shape, dtype=torch.long if key.endswith("num_batches_tracked") else torch.float32)
+        for key, shape in figures["keys"].items()
+        if not key.endswith(left_out or "\0")
+    }
+    build = BUILD.get(f"{system}/{figures['variant']}", published(figures["variant"]))
+    model = build(own.fill_(state, rule=figures.get("fill", ""))).eval()
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == figures["params"]
+    shape = tuple(figures["input"])
+    if figures.get("mode") == "calibrated":
+        own.calibrate_(model, own.make_input((8, *shape[1:]), "calibration"))
+    with torch.no_grad():
+        assert own.close(own.digest(model(own.make_input(shape))), figures["output"], rtol)

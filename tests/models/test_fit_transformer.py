@@ -10,7 +10,7 @@ import torch
 
 from lissom.errors import LissomError
 from lissom.models.factory import create_model, from_published
-from lissom.models.fit import (
+from lissom.models.fit_transformer import (
     FIT,
     FITAR,
     FITDenoiser,
