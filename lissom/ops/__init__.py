@@ -1,1 +1,1 @@
-"""Operators: one folder each, its definition in plain PyTorch beside its fast forms."""
+"""Operators: functions and modules of plain PyTorch, usable alone, that know nothing of networks."""
