@@ -45,8 +45,9 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# Two at a time: most tests compute on one thread. OpenMP would start a thread a processor in each.
 test: lint
-	$(BIN)/pytest -m "not full"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not full"
 
 test-full: lint
 	$(BIN)/pytest
