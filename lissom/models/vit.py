@@ -12,6 +12,7 @@ short training on telling places apart: 86 % on the digits after 8 epochs, where
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,15 @@ __all__ = ["ConvStem", "cifar_vit", "digits_vit"]
 
 
 class ConvStem(nn.Module):
-    """Images (B, 3, H, W) as tokens (B, N, embed_dim) by 3 x 3 convolutions, each behind the first halving the sides.
+    """Images (B, 3, H, W) as tokens (B, N, embed_dim) by 3 x 3 convolutions.
 
-    ``patch_size`` is the reduction, a power of 2: N = (H / patch_size) (W / patch_size). Widths double up to
-    ``embed_dim``; a last 1 x 1 convolution, alone without a norm, ends the stem (arXiv 2106.14881, section 4).
+    ``patch_size`` is the reduction, a power of 2: N = (H / patch_size) (W / patch_size). There are ``convs``
+    convolutions at each size of the map; the first at each size but the images' own halves the sides. Widths double up
+    to ``embed_dim``; a last 1 x 1 convolution, alone without a norm, ends the stem (arXiv 2106.14881, section 4).
     """
 
     def __init__(
-        self, img_size: int = 32, patch_size: int = 4, in_chans: int = 3, embed_dim: int = 128, **_: Any
+        self, img_size: int = 32, patch_size: int = 4, in_chans: int = 3, embed_dim: int = 128, convs: int = 1, **_: Any
     ) -> None:
         super().__init__()
         halvings = patch_size.bit_length() - 1
@@ -44,8 +46,10 @@ class ConvStem(nn.Module):
         width = in_chans
         for n in range(halvings + 1):
             out = embed_dim >> (halvings - n)
-            layers += [nn.Conv2d(width, out, 3, 2 if n else 1, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-            width = out
+            for number in range(convs):
+                stride = 2 if n and number == 0 else 1
+                layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+                width = out
         self.layers = nn.Sequential(*layers)
         self.proj = nn.Conv2d(width, embed_dim, 1)
 
@@ -110,14 +114,17 @@ def digits_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
 
 @register_model
 def cifar_vit(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Twelve blocks of four heads, 128 wide, a class token. Input (B, 3, 32, 32), output (B, 10)."""
+    """Twelve blocks of four heads, 128 wide, with a class token, behind six convolutions.
+
+    Input (B, 3, 32, 32), output (B, 10).
+    """
     arguments = {
         "img_size": 32,
         "patch_size": 4,
         "embed_dim": 128,
         "depth": 12,
         "num_heads": 4,
-        "embed_layer": ConvStem,
+        "embed_layer": partial(ConvStem, convs=2),
         "num_classes": 10,
         **kwargs,
     }

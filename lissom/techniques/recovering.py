@@ -98,6 +98,7 @@ class Recoverer:
             max_steps=self.steps,
             progress=self.progress,
             threads=self.threads,
+            precision="auto",
         )
         fresh = path.with_name(f".{path.name}")
         save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fresh)

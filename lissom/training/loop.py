@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lissom.errors import LissomError
 from lissom.layers.exits import exits_of
+from lissom.runtime.target import cpu_flags
 from lissom.tasks.task import Quality, Split, Task, batches
 from lissom.training.augmentation import augment_images, augment_masks, draw
 from lissom.training.checkpoint import CHECKPOINT, check_settings, load_checkpoint, save_checkpoint
@@ -34,7 +36,7 @@ from lissom.usercode import load_function
 __all__ = ["FitEvent", "FitResult", "evaluate", "fit"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-LEARNING_RATES = {"adamw": 1e-3, "sgd": 0.05}  # at a batch of 64
+LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-3, "sgd": 0.05}  # at a batch of 64
 ORDER, AUGMENTATION, MODEL = range(3)  # the streams of random numbers
 
 
@@ -122,9 +124,10 @@ def fit(
     """Train ``model`` in place on ``task.fit`` and return it with its history.
 
     The learning rate rises linearly over the share ``warmup`` of the steps and falls as half a cosine to zero. ``lr``
-    is by default 1e-3 (adamw) or 0.05 (sgd, momentum 0.9) at a batch of 64, in proportion to the square root of the
-    batch (adamw) or to the batch (sgd). Biases, norms and other vectors get no ``weight_decay``. ``clip`` bounds the
-    gradient's norm.
+    is by default 1e-3 (adamw, muon) or 0.05 (sgd, momentum 0.9) at a batch of 64, in proportion to the square root of
+    the batch (adamw, muon) or to the batch (sgd). "muon" (torch.optim.Muon) orthogonalises the steps of the hidden
+    layers' matrices, scaled so that adamw's rates fit (arXiv 2502.16982); all else, and the last linear layer, is left
+    to adamw. Biases, norms and other vectors get no ``weight_decay``. ``clip`` bounds the gradient's norm.
 
     ``parameters(name, parameter)`` says which parameters train (all); a BatchNorm without any stays in eval mode.
     ``augment`` shifts images by up to an eighth of their side, ``flip`` mirrors half of them as well (leave it off
@@ -133,6 +136,9 @@ def fit(
 
     ``time_limit`` in seconds (over all resumed parts) and ``max_steps`` shorten the schedule itself, so that the
     learning rate has reached zero when they end training. A run with a time limit depends on the machine's speed.
+
+    ``precision`` is "32-true", or mixed: "bf16-mixed", "16-mixed", weights and their steps in float32. "auto" is
+    bf16-mixed where the device multiplies matrices of it fast (a processor with AMX, a GPU), else 32-true.
 
     ``devices`` is "auto" (one) or a number; several are several processes, each with its share of every batch.
     ``batch`` is that of all together. Then model, task, method and ``parameters`` are pickled to the processes.
@@ -163,13 +169,18 @@ def fit(
         (time_limit is not None and not time_limit > 0, f"the time limit is {time_limit} s; it is greater than 0"),
         (max_steps is not None and max_steps < 1, f"max_steps is {max_steps}; it is at least 1"),
         (threads is not None and threads < 1, f"threads is {threads}; it is at least 1"),
-        (precision not in PRECISIONS, f"precision {precision!r} is none of {', '.join(PRECISIONS)}"),
+        (
+            precision not in ("auto", *PRECISIONS),
+            f"precision {precision!r} is none of {', '.join(PRECISIONS)} and auto",
+        ),
         (optimizer not in LEARNING_RATES, f"optimizer {optimizer!r} is none of {', '.join(LEARNING_RATES)}"),
     ):
         if wrong:
             raise LissomError(sentence)
+    if precision == "auto":
+        precision = _fast_precision(accelerator)
     if lr is None:
-        lr = LEARNING_RATES[optimizer] * (batch / 64) ** (0.5 if optimizer == "adamw" else 1.0)
+        lr = LEARNING_RATES[optimizer] * (batch / 64) ** (1.0 if optimizer == "sgd" else 0.5)
     _check_model(model, task, batch)
     method.prepare(model, task)
     wanted = {id(p) for p in method.parameters(model)}
@@ -219,6 +230,14 @@ def _can_move(task: Task, split: Split) -> bool:
     return task.kind == "classification"
 
 
+def _fast_precision(accelerator: str) -> str:
+    """bf16-mixed where it makes a step faster than float32."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    # avx512_bf16 without AMX gains too little over float32 to pay for the casts.
+    return "bf16-mixed" if accelerator in ("auto", "cpu") and "amx_bf16" in cpu_flags() else "32-true"
+
+
 @dataclass(frozen=True)
 class _Run:
     """What a process needs to train."""
@@ -244,13 +263,13 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
         steps = min(steps, job.max_steps)
     labels = torch.from_numpy(np.asarray(task.fit.labels)) if task.fit.labels is not None else None
 
-    optimizer = _optimizer(model, job)
-    module, optimizer = fabric.setup(model, optimizer)
+    module, *optimizers = fabric.setup(model, *_optimizers(model, job))
     history: list[dict[str, Any]] = []
     step, spent, stopped = 0, 0.0, ""
     if run.state is not None:
         model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
+        for optimizer, kept in zip(optimizers, run.state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         fabric.strategy.precision.load_state_dict(run.state["precision"])
         history, step, spent, stopped = (run.state[k] for k in ("history", "step", "seconds", "stopped"))
 
@@ -259,7 +278,7 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
             state = {
                 "settings": asdict(job),
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "precision": fabric.strategy.precision.state_dict(),
                 "history": history,
                 "step": step,
@@ -268,7 +287,7 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
             }
             save_checkpoint(run.folder, state)
 
-    with _quiet_randomness(), _threads(run.threads):
+    with _quiet_randomness(), _threads(run.threads), _attention(fabric.device, job.precision):
         for epoch in range(len(history), job.epochs):
             if stopped or step >= steps:
                 break
@@ -287,8 +306,9 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
                     stopped = "time" if step < steps else "steps"
                     break
                 rate = job.lr * _schedule(share, job.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
 
                 mine = slice(fabric.global_rank, None, fabric.world_size)
                 indices = order[position : position + size][mine]
@@ -304,12 +324,15 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
                 inputs = inputs.to(fabric.device, non_blocking=True)
                 targets = targets.to(fabric.device) if targets is not None else None
 
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
                 loss = method.loss(module, inputs, targets, task)
                 fabric.backward(loss)
                 if job.clip is not None:
-                    fabric.clip_gradients(module, optimizer, max_norm=job.clip, error_if_nonfinite=False)
-                optimizer.step()
+                    for optimizer in optimizers:
+                        fabric.clip_gradients(module, optimizer, max_norm=job.clip, error_if_nonfinite=False)
+                for optimizer in optimizers:
+                    optimizer.step()
                 total += loss.detach()
                 step, done = step + 1, done + 1
                 if done % 20 == 0:
@@ -400,16 +423,29 @@ def _schedule(share: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
 
 
-def _optimizer(model: nn.Module, job: _Job) -> torch.optim.Optimizer:
+def _optimizers(model: nn.Module, job: _Job) -> list[torch.optim.Optimizer]:
+    """One, or Muon for the hidden matrices and AdamW for the rest."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    hidden = _hidden_matrices(model) if job.optimizer == "muon" else set()
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": job.weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2 and id(p) not in hidden], "weight_decay": job.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    if job.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=job.lr)
-    return torch.optim.SGD(groups, lr=job.lr, momentum=0.9, nesterov=True)
+    if job.optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr=job.lr, momentum=0.9, nesterov=True)]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=job.lr)] if groups else []
+    matrices = [p for p in trained if id(p) in hidden]
+    if matrices:
+        found.append(
+            torch.optim.Muon(matrices, lr=job.lr, weight_decay=job.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return found
+
+
+def _hidden_matrices(model: nn.Module) -> set[int]:
+    """The weights of linear layers, but for the last one's, whose rows are classes and no directions to keep apart."""
+    return {id(m.weight) for m in [m for m in model.modules() if isinstance(m, nn.Linear)][:-1]}
 
 
 def _hold_frozen_norms(model: nn.Module) -> None:
@@ -446,6 +482,25 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _attention(device: torch.device, precision: str) -> Iterator[None]:
+    """Below float32 on a processor, attention as plain matrix products.
+
+    There the backward pass of torch's fused attention is slow (2.15, AMX, 65 tokens of 4 heads: 3 times slower).
+    """
+    if device.type != "cpu" or precision == "32-true":
+        yield
+        return
+    cuda = torch.backends.cuda  # where torch keeps the switch; the processor's products heed it too
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def _digest(lines: Any) -> str:

@@ -33,6 +33,11 @@ def curve(result) -> list[tuple[float, float]]:
     return [(entry["loss"], entry["quality"]) for entry in result.history]
 
 
+def perceptron(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
 class Stop(Exception):
     """Stands for a kill: raised between two epochs."""
 
@@ -79,9 +84,10 @@ def test_the_same_seed_repeats_and_the_callers_random_numbers_stay(task, network
     assert curve(a) != curve(c)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_resumed_is_uninterrupted(task, network, tmp_path, optimizer):
     settings = {"epochs": 4, "batch": 32, "optimizer": optimizer}
+    network = perceptron if optimizer == "muon" else network  # muon is for hidden matrices
     whole = fit(network(), task, folder=tmp_path / "whole", **settings)
     with pytest.raises(Stop):
         fit(network(), task, folder=tmp_path / "killed", progress=stop_after(2), **settings)
@@ -268,7 +274,7 @@ def test_a_batch_larger_than_the_data_is_the_data(task, network):
         ({"devices": "many"}, "devices"),
         ({"devices": 3, "batch": 64}, "shared equally"),
         ({"precision": "fp8"}, "32-true, bf16-mixed"),
-        ({"optimizer": "lion"}, "adamw, sgd"),
+        ({"optimizer": "lion"}, "adamw, muon, sgd"),
         ({"accelerator": "abacus"}, "abacus"),
         ({"method": "alchemy"}, "known: distillation, dual_input, supervised"),
         ({"method": 3}, "not int"),
@@ -323,6 +329,65 @@ def test_bf16_mixed_trains_and_leaves_float32_weights(task, network):
     result = fit(model, task, epochs=4, batch=16, lr=5e-3, precision="bf16-mixed")
     assert {v.dtype for v in model.state_dict().values() if v.is_floating_point()} == {torch.float32}
     assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_muon_moves_hidden_matrices_by_steps_of_like_singular_values(task):
+    def moved(optimizer: str) -> dict[str, torch.Tensor]:
+        model = perceptron()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        settings = {"lr": 1e-2, "warmup": 0.0, "weight_decay": 0.0, "max_steps": 1}
+        fit(model, task, epochs=1, batch=32, optimizer=optimizer, **settings)
+        return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+    muon, adamw = moved("muon"), moved("adamw")
+    for name in ("1.weight", "3.weight"):
+        steps = torch.linalg.svdvals(muon[name]), torch.linalg.svdvals(adamw[name])
+        ratios = [values.max() / values.median() for values in steps]
+        assert ratios[0] < 2 < ratios[1]  # Newton and Schulz's five steps bring most near 1, the smallest not so far
+        # The root mean square of a step is about 0.2 of the rate, as adamw's often is.
+        assert muon[name].square().mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.4)
+    for name in ("5.weight", "1.bias"):
+        assert torch.equal(muon[name], adamw[name])
+
+
+class Attends(nn.Module):
+    """A transformer's middle: attention between the rows of an image (B, 1, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.backend = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.training:
+            fused = torch.backends.cuda.flash_sdp_enabled()
+            reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+            self.backend = f"fused {fused}, reduced {reduced}"
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v).mean((1, 2)))
+
+
+def test_attention_is_plain_products_below_float32_and_the_switches_are_put_back(task):
+    for precision, expected in (("32-true", "fused True, reduced False"), ("bf16-mixed", "fused False, reduced True")):
+        model = Attends()
+        fit(model, task, epochs=1, batch=32, precision=precision, accelerator="cpu", max_steps=1)
+        assert model.backend == expected
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
+@pytest.mark.parametrize(("flags", "expected"), [({"avx2", "amx_bf16"}, "bf16-mixed"), ({"avx512_bf16"}, "32-true")])
+def test_auto_precision_is_what_the_processor_does_fast(task, network, tmp_path, monkeypatch, flags, expected):
+    monkeypatch.setattr("lissom.training.loop.cpu_flags", lambda: frozenset(flags))
+    settings = {"epochs": 1, "batch": 32, "precision": "auto", "accelerator": "cpu", "folder": tmp_path}
+    fit(network(), task, **settings)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["settings"]["precision"] == expected
+    monkeypatch.setattr("lissom.training.loop.cpu_flags", lambda: frozenset({"avx512_bf16", "amx_bf16"} ^ flags))
+    if expected == "32-true":  # another processor would train otherwise
+        with pytest.raises(LissomError, match="precision"):
+            fit(network(), task, resume=True, **settings)
 
 
 SCRIPT = """
