@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--teacher-weights", required=True)
     parser.add_argument("--thinned", type=int, default=7, help="epochs with half of the patches")
-    parser.add_argument("--whole", type=int, default=5, help="epochs with all of them")
+    parser.add_argument("--whole", type=int, default=3, help="epochs with all of them")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--precision", default="32-true")
