@@ -23,6 +23,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lissom.errors import LissomError
 from lissom.layers.exits import exits_of
@@ -31,12 +32,13 @@ from lissom.tasks.task import Quality, Split, Task, batches
 from lissom.training.augmentation import augment_images, augment_masks, draw
 from lissom.training.checkpoint import CHECKPOINT, check_settings, load_checkpoint, save_checkpoint
 from lissom.training.methods.base import Method, method_of
+from lissom.training.optimizers import Kar2, Kar3
 from lissom.usercode import load_function
 
 __all__ = ["FitEvent", "FitResult", "evaluate", "fit"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-3, "sgd": 0.05}  # at a batch of 64
+LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-3, "sgd": 0.05, "kar2": 1.2e-3, "kar3": 1.215e-3}  # at a batch of 64
 ORDER, AUGMENTATION, MODEL = range(3)  # the streams of random numbers
 
 
@@ -124,10 +126,11 @@ def fit(
     """Train ``model`` in place on ``task.fit`` and return it with its history.
 
     The learning rate rises linearly over the share ``warmup`` of the steps and falls as half a cosine to zero. ``lr``
-    is by default 1e-3 (adamw, muon) or 0.05 (sgd, momentum 0.9) at a batch of 64, in proportion to the square root of
-    the batch (adamw, muon) or to the batch (sgd). "muon" (torch.optim.Muon) orthogonalises the steps of the hidden
-    layers' matrices, scaled so that adamw's rates fit (arXiv 2502.16982); all else, and the last linear layer, is left
-    to adamw. Biases, norms and other vectors get no ``weight_decay``. ``clip`` bounds the gradient's norm.
+    is by default 1e-3 (adamw, muon), 1.2e-3 (kar2, kar3: ``lissom.training.optimizers``) or 0.05 (sgd, momentum 0.9) at
+    a batch of 64, in proportion to the square root of the batch, or to the batch (sgd). "muon" (torch.optim.Muon)
+    orthogonalises the steps of the hidden layers' matrices, scaled so that adamw's rates fit (arXiv 2502.16982); all
+    else, and the last linear layer, is left to adamw. Biases, norms and other vectors get no ``weight_decay``.
+    ``clip`` bounds the gradient's norm.
 
     ``parameters(name, parameter)`` says which parameters train (all); a BatchNorm without any stays in eval mode.
     ``augment`` shifts images by up to an eighth of their side, ``flip`` mirrors half of them as well (leave it off
@@ -434,6 +437,8 @@ def _optimizers(model: nn.Module, job: _Job) -> list[torch.optim.Optimizer]:
     groups = [g for g in groups if g["params"]]
     if job.optimizer == "sgd":
         return [torch.optim.SGD(groups, lr=job.lr, momentum=0.9, nesterov=True)]
+    if job.optimizer in ("kar2", "kar3"):
+        return [(Kar2 if job.optimizer == "kar2" else Kar3)(groups, lr=job.lr)]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=job.lr)] if groups else []
     matrices = [p for p in trained if id(p) in hidden]
     if matrices:
@@ -486,9 +491,10 @@ def _threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def _attention(device: torch.device, precision: str) -> Iterator[None]:
-    """Below float32 on a processor, attention as plain matrix products.
+    """Below float32 on a processor, attention that is trained through is made of plain matrix products.
 
-    There the backward pass of torch's fused attention is slow (2.15, AMX, 65 tokens of 4 heads: 3 times slower).
+    There the backward pass of torch's fused attention is slow (2.15, AMX, 65 tokens of 4 heads: 3 times slower). Its
+    forward pass is not, so that frozen layers and teachers keep it.
     """
     if device.type != "cpu" or precision == "32-true":
         yield
@@ -497,10 +503,25 @@ def _attention(device: torch.device, precision: str) -> Iterator[None]:
     before = cuda.fp16_bf16_reduction_math_sdp_allowed()
     cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with _PlainAttention():
             yield
     finally:
         cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+class _PlainAttention(TorchFunctionMode):
+    """``scaled_dot_product_attention`` in its plain form wherever a gradient will flow back through it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and torch.is_grad_enabled():
+            given = (*args[:3], *(kwargs.get(name) for name in ("query", "key", "value")))
+            if any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in given):
+                with sdpa_kernel(SDPBackend.MATH):
+                    return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _digest(lines: Any) -> str:
