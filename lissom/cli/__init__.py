@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lissom import __version__
-from lissom.cli import doctor, fit, listing, measure, predict, profile, reproduce, slim
+from lissom.cli import convert, doctor, fit, listing, measure, predict, profile, reproduce, slim
 from lissom.cli.console import clean
 from lissom.errors import LissomError
 
@@ -77,6 +77,7 @@ app.command("measure", help="Measure models or artifacts beside each other on th
 app.command("profile", help="Show where a model's time goes, layer by layer.")(profile.profile)
 app.command("predict", help="Classify images with an artifact.")(predict.predict)
 app.command("fit", help="Train a model.")(fit.fit)
+app.command("convert", help="Read published weights, and write them in safe form.")(convert.convert)
 app.command("reproduce", help="Run the small proof of a published claim.")(reproduce.reproduce)
 app.command(
     "list",

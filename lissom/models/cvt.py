@@ -307,9 +307,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
     return state
 
 
-def _cfg(side: int) -> dict[str, Any]:
+def _cfg(repository: str, side: int) -> dict[str, Any]:
     return {
-        "url": "",
+        "hf_hub_id": f"microsoft/{repository}",  # the publisher's, in the names of the transformers package
         "num_classes": 1000,
         "input_size": (3, side, side),
         "pool_size": None,
@@ -325,11 +325,13 @@ def _cfg(side: int) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "cvt_13_224": _cfg(224),
-        "cvt_13_384": _cfg(384),
-        "cvt_21_224": _cfg(224),
-        "cvt_21_384": _cfg(384),
-        "cvt_w24_384": _cfg(384),
+        "cvt_13_224.in1k": _cfg("cvt-13", 224),
+        "cvt_13_384.in1k": _cfg("cvt-13-384", 384),
+        "cvt_13_384.in22k_ft_in1k": _cfg("cvt-13-384-22k", 384),
+        "cvt_21_224.in1k": _cfg("cvt-21", 224),
+        "cvt_21_384.in1k": _cfg("cvt-21-384", 384),
+        "cvt_21_384.in22k_ft_in1k": _cfg("cvt-21-384-22k", 384),
+        "cvt_w24_384.in22k_ft_in1k": _cfg("cvt-w24-384-22k", 384),
     }
 )
 SIZES: dict[str, dict[str, Any]] = {

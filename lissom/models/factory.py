@@ -5,14 +5,15 @@ Nothing here runs code from a weight file, and nothing but ``weights="pretrained
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -22,6 +23,7 @@ from torch import nn
 from lissom.errors import LissomError
 from lissom.images import Preprocessing
 from lissom.layers.low_rank import factorise, published_ranks
+from lissom.models.weights import few, first_line, inert, is_weight_file, network_of, read_checkpoint, read_weights
 from lissom.registry import find
 from lissom.usercode import is_reference, load_function
 
@@ -38,14 +40,6 @@ __all__ = [
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as most published weights expect
 PRETRAINED = "pretrained"
-TENSOR_FILES = (".safetensors",)
-PICKLE_FILES = (".pth", ".pt", ".bin")
-# Where training programs put the weights in a checkpoint. An average of the weights comes first, as it is what its
-# authors publish figures for.
-NESTS = ("state_dict_ema", "model_ema", "ema_model", "ema_state_dict", "ema", "module",
-         "state_dict", "model_state_dict", "model_state", "model", "net", "params")  # fmt: skip
-PREFIXES = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
-NAMED = 8  # how many keys an error names
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,21 +93,31 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     an unknown name, arguments that the network does not take, and published weights that do not exist or cannot be
     fetched.
     """
-    if not is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise LissomError(
-            f"no network is called {name!r}; "
-            + (f"similar names: {', '.join(close)}" if close else "lissom list and timm.list_models() name them all")
-        )
-    if pretrained and not timm.models.is_model_pretrained(name):
+    check_name(name)
+    given = kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")  # timm's: a source of one's own
+    if pretrained and not given and not timm.models.is_model_pretrained(name):
         raise LissomError(f"there are no published weights for {name}; give a weight file, or train it with --train")
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        with inert() if pretrained else contextlib.nullcontext():
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # the hub's client raises its own kinds, the networks anything on a wrong argument
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         if pretrained:
-            raise LissomError(f"the published weights of {name} could not be fetched ({reason})") from error
+            # The hub's errors are of other kinds; these are of what reads the fetched file, and of what loads it.
+            what = "read" if type(error) in (RuntimeError, UnpicklingError, LissomError) else "fetched"
+            raise LissomError(f"the published weights of {name} could not be {what} ({reason})") from error
         raise LissomError(f"the network {name} cannot be built with {kwargs or 'its defaults'} ({reason})") from error
+
+
+def check_name(name: str) -> None:
+    """Raise LissomError with similar names where ``name`` is no network's."""
+    if is_model(name):
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), 3)
+    raise LissomError(
+        f"no network is called {name!r}; "
+        + (f"similar names: {', '.join(close)}" if close else "lissom list and timm.list_models() name them all")
+    )
 
 
 def from_published(name: str, state_dict: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -125,6 +129,11 @@ def from_published(name: str, state_dict: Mapping[str, torch.Tensor]) -> nn.Modu
     ``<layer>.1.weight``; see lissom.layers.low_rank) become so. Index tables that the network makes itself (integer
     buffers) may be missing. Raises LissomError that lists the keys which are missing, unknown or of another shape.
     """
+    return build_published(name, state_dict)[0]
+
+
+def build_published(name: str, state_dict: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """``from_published``, and the checkpoint in the network's own names, as it was loaded."""
     model = create_model(name)
     state = _translated(model, state_dict, name)
     shape = _shape_of_weights(model, state)
@@ -133,7 +142,7 @@ def from_published(name: str, state_dict: Mapping[str, torch.Tensor]) -> nn.Modu
         state = _translated(model, state_dict, name)
     factorise(model, published_ranks(model, state), "random")
     _load(model, state, name)
-    return model
+    return model, state
 
 
 # Models as users bring them
@@ -152,8 +161,8 @@ def load_model(
     - a module: taken as it is, as trained;
     - a network's name: random weights drawn from ``seed``, and ``num_classes`` outputs; or those of
       ``weights`` (``"pretrained"``, or a file);
-    - a weight file (``.safetensors``; ``.pth``, ``.pt`` or ``.bin``, read without running code): of the network
-      ``arch``;
+    - a weight file (``.safetensors``; ``.pth``, ``.pth.tar``, ``.pt`` or ``.bin``, read without running code): of the
+      network ``arch``, or of the one that ``lissom convert`` noted in it;
     - ``file.py:function``, which returns a module: taken as trained, with or without a file of ``weights`` (the
       function may have loaded its own).
 
@@ -172,12 +181,13 @@ def load_model(
         return _from_function(text, weights, seed)
     if text.endswith(".py"):
         raise LissomError(f"{text} is a Python file; name the function that returns the model too, as {text}:function")
-    if Path(text).suffix in TENSOR_FILES + PICKLE_FILES or (Path(text).is_file() and not is_model(text)):
+    if is_weight_file(text) or (Path(text).is_file() and not is_model(text)):
+        arch = arch or network_of(text)
         if arch is None:
             raise LissomError(f"{text} holds weights and no network; name the network they belong to with --arch NAME")
         if weights is not None:
             raise LissomError(f"two weight files were given, {text} and {weights}; one is enough")
-        return _described(from_published(arch, read_weights(text)).eval(), arch, True)
+        return _described(from_published(arch, _mapped(text)).eval(), arch, True)
     if weights is None:
         with _drawn_from(seed):
             arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
@@ -185,7 +195,7 @@ def load_model(
         return _described(model.eval(), text, False)
     if weights == PRETRAINED:
         return _described(create_model(text, pretrained=True).eval(), text, True)
-    return _described(from_published(text, read_weights(weights)).eval(), text, True)
+    return _described(from_published(text, _mapped(weights)).eval(), text, True)
 
 
 def with_head(model: nn.Module, num_classes: int, seed: int = 0) -> nn.Module:
@@ -220,7 +230,7 @@ def num_outputs(model: nn.Module, shape: Sequence[int]) -> int:
             output = model.eval()(torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:
         raise LissomError(
-            f"the model cannot run on an input of shape {tuple(shape)} ({type(error).__name__}: {_first_line(error)})"
+            f"the model cannot run on an input of shape {tuple(shape)} ({type(error).__name__}: {first_line(error)})"
         ) from error
     finally:
         model.train(training)
@@ -230,80 +240,12 @@ def num_outputs(model: nn.Module, shape: Sequence[int]) -> int:
     return output.shape[1]
 
 
-# Weight files
-
-
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a weight file, without the wrappings that training programs put around it.
-
-    Code in a pickle is refused, never run. Raises LissomError where the file is missing, damaged or holds no weights.
-    """
-    path = Path(path).expanduser()
-    if path.suffix not in TENSOR_FILES + PICKLE_FILES:
-        known = ", ".join(TENSOR_FILES + PICKLE_FILES)
-        raise LissomError(f"{path} is no weight file that lissom reads; known endings: {known}")
-    if not path.is_file():
-        raise LissomError(f"there is no file {path}")
-    found = _read_tensors(path) if path.suffix in TENSOR_FILES else _read_pickle(path)
-    state = _unwrapped(found)
-    if state is None:
-        keys = f"; it holds {_few(found)}" if isinstance(found, Mapping) and found else ""
-        raise LissomError(f"{path} holds no state dict{keys}; save one with torch.save(model.state_dict(), ...)")
-    return state
-
-
-def _read_tensors(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError, OSError or ValueError, by the place of the damage
-        raise LissomError(
-            f"{path} is damaged or truncated and cannot be read as safetensors ({_first_line(error)}); fetch it anew"
-        ) from error
-
-
-def _read_pickle(path: Path) -> Any:
-    from pickle import UnpicklingError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of other pickles is not for lissom's user
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if "GLOBAL" in str(error):  # torch names the class or function that it refuses
-            raise LissomError(
-                f"{path} holds Python objects besides weights, which could run code and are refused; "
-                "save the weights alone with torch.save(model.state_dict(), ...)"
-            ) from error
-        raise LissomError(f"{path} is damaged, or holds more than weights, and was not read; fetch it anew") from error
-    except Exception as error:  # RuntimeError, EOFError, zip and struct errors, by the place of the damage
-        raise LissomError(
-            f"{path} is damaged or truncated and cannot be read as weights ({_first_line(error)}); fetch it anew"
-        ) from error
-
-
-def _unwrapped(found: Any) -> dict[str, torch.Tensor] | None:
-    """The innermost dictionary of tensors, prefixes of wrappers removed; None where there is none."""
-    for _ in range(4):  # a hostile file may nest without end
-        if not isinstance(found, Mapping) or not found:
-            return None
-        if all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()):
-            break
-        inner = next((found[key] for key in NESTS if isinstance(found.get(key), Mapping) and found[key]), None)
-        if inner is None:
-            return None
-        found = inner
-    else:
-        return None
-    state = dict(found)
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
-
-
 # Loading
+
+
+def _mapped(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a file for a model that copies them at once."""
+    return read_checkpoint(path, mapped=True).state
 
 
 def _translated(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
@@ -317,7 +259,7 @@ def _translated(model: nn.Module, state: Mapping[str, torch.Tensor], source: str
     except Exception as error:
         raise LissomError(
             f"{source}: the checkpoint is not in a form known for {type(model).__name__} "
-            f"({type(error).__name__}: {_first_line(error)}); it holds {_few(state)}"
+            f"({type(error).__name__}: {first_line(error)}); it holds {few(state)}"
         ) from error
 
 
@@ -340,6 +282,8 @@ def _shape_of_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> di
     for field, argument, dim in (("classifier", "num_classes", 0), ("first_conv", "in_chans", 1)):
         path = config.get(field)
         key = f"{path[0] if isinstance(path, tuple | list) and path else path}.weight"
+        if argument == "num_classes" and key not in own and key in state and state[key].ndim == 2:
+            shape[argument] = len(state[key])  # the network has no classifier unless it is told of how many classes
         if key not in own or key not in state:
             continue
         mine, theirs = list(own[key].shape), list(state[key].shape)
@@ -360,7 +304,7 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> N
     missing = [key for key in own if key not in state and key not in made]
     unknown = [key for key in state if key not in own]
     faults = [
-        f"{len(keys)} {what}: {_few(keys)}"
+        f"{len(keys)} {what}: {few(keys)}"
         for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
         if keys
     ]
@@ -369,9 +313,7 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> N
     try:
         model.load_state_dict(dict(state), strict=False)
     except RuntimeError as error:
-        raise LissomError(
-            f"the weights of {source} do not fit {type(model).__name__} ({_first_line(error)})"
-        ) from error
+        raise LissomError(f"the weights of {source} do not fit {type(model).__name__} ({first_line(error)})") from error
 
 
 def _from_function(reference: str, weights: str | Path | None, seed: int) -> Loaded:
@@ -463,12 +405,3 @@ class _drawn_from:  # noqa: N801 - a context manager, read as a word
 
     def __exit__(self, *error: Any) -> None:
         self._fork.__exit__(*error)
-
-
-def _few(keys: Iterable[str]) -> str:
-    names = [str(key) for key in keys]
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -291,10 +291,15 @@ def _widened(part: Any, width: float) -> Any:
     return tuple(_widened(item, width) for item in part)
 
 
-def _cfg(size: int, pool: tuple[int, int], mean: float, std: float, url: str = "") -> dict[str, Any]:
+FACES = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"  # facenet's weights in PyTorch
+
+
+def _cfg(
+    size: int, pool: tuple[int, int], mean: float, std: float, url: str = "", num_classes: int = 1000
+) -> dict[str, Any]:
     return {
         "url": url,
-        "num_classes": 1000,
+        "num_classes": num_classes,
         "input_size": (3, size, size),
         "pool_size": pool,
         "crop_pct": 0.875,
@@ -307,10 +312,15 @@ def _cfg(size: int, pool: tuple[int, int], mean: float, std: float, url: str = "
     }
 
 
+def _face_cfg(file: str, people: int) -> dict[str, Any]:
+    return _cfg(160, (3, 3), 127.5 / 255, 128 / 255, FACES + file, people)
+
+
 default_cfgs = generate_default_cfgs(
     {
         "inception_resnet_v1": _cfg(299, (8, 8), 0.5, 0.5),
-        "inception_resnet_v1_facenet": _cfg(160, (3, 3), 127.5 / 255, 128 / 255),
+        "inception_resnet_v1_facenet.vggface2": _face_cfg("20180402-114759-vggface2.pt", 8631),
+        "inception_resnet_v1_facenet.casia_webface": _face_cfg("20180408-102900-casia-webface.pt", 10575),
         "inception_resnet_v2_paper": _cfg(299, (8, 8), 0.5, 0.5),
     }
 )
@@ -326,9 +336,12 @@ def inception_resnet_v1(pretrained: bool = False, **kwargs: Any) -> InceptionRes
 def inception_resnet_v1_facenet(pretrained: bool = False, **kwargs: Any) -> InceptionResNet:
     """Inception-ResNet-v1 as facenet has it, with a 512-wide embedding: 23,995,624 parameters.
 
-    With ``num_classes=0`` it answers with the embedding, which is compared after division by its length.
+    With ``num_classes=0`` it answers with the embedding, which is compared after division by its length. The published
+    weights tell apart the 8,631 people of VGGFace2, or the 10,575 of CASIA-WebFace.
     """
     arguments = {"version": 1, "embedding": 512, "last_block": True, "drop_rate": 0.6, **kwargs}
+    if not pretrained:
+        arguments.setdefault("num_classes", 1000)
     return _built("inception_resnet_v1_facenet", pretrained, arguments)
 
 

@@ -6,7 +6,8 @@ attention with learned position biases. Names are the publisher's own, whose che
 
 Any input size works: the biases of the last stage belong to maps of ``img_size`` / 64, rounded up (193 to 256 pixels
 are all 4 x 4), and are resized bicubically for others. They are looked up in every forward pass; the published code
-keeps those of the moment when ``eval()`` was called, and so answers with stale ones where weights are loaded later.
+keeps those of the moment when ``eval()`` was called, and so answers with stale ones where weights are loaded later:
+``stale_biases=True`` does as it does.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from lissom.layers.conv_norm import ConvNorm, NormLinear
 from lissom.layers.distilled import DistilledHead
 from lissom.layers.lsconv import LSConv
+from lissom.models.weights import inner_state
 
 __all__ = [
     "BiasedAttention",
@@ -90,14 +92,22 @@ class BiasedAttention(nn.Module):
     A bias for each head and each (|row difference|, |column difference|) is added to the logits. Queries pass a
     depthwise 3 x 3 convolution first; keys and queries have ``key_dim`` channels a head, values dim / ``num_heads``.
     ``resolution`` (H, W) is the map that the table of biases, (heads, H W), belongs to; for other maps it is resized
-    bicubically. Raises ValueError where ``num_heads`` does not divide ``dim``.
+    bicubically. ``stale_biases``: those of maps of ``resolution`` are kept when eval mode begins, and answered with
+    until training mode begins, as published, whatever is loaded meanwhile. Raises ValueError where ``num_heads`` does
+    not divide ``dim``.
     """
 
     attention_bias_idxs: torch.Tensor
+    kept_biases: torch.Tensor | None
 
     def __init__(
-        self, dim: int, key_dim: int = 16, num_heads: int = 4, resolution: tuple[int, int] = (4, 4)
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        key_dim: int = 16,
+        num_heads: int = 4,
+        resolution: tuple[int, int] = (4, 4),
+        stale_biases: bool = False,
+    ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide {dim} channels")
@@ -110,6 +120,16 @@ class BiasedAttention(nn.Module):
         self.dw = ConvNorm(keys, keys, 3, groups=keys)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, math.prod(self.resolution)))
         self.register_buffer("attention_bias_idxs", _distances(*self.resolution), persistent=False)
+        self.stale_biases = stale_biases
+        self.register_buffer("kept_biases", None, persistent=False)
+
+    def train(self, mode: bool = True) -> BiasedAttention:
+        """As ever; with ``stale_biases`` this is when they are kept, or forgotten."""
+        super().train(mode)
+        if self.stale_biases:
+            self.kept_biases = None
+            self.kept_biases = None if mode else self.biases(*self.resolution).detach()
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).split(self.widths, 1)
@@ -120,6 +140,8 @@ class BiasedAttention(nn.Module):
     def biases(self, height: int, width: int) -> torch.Tensor:
         """What is added to the logits of a map of this size: (heads, H W, H W)."""
         if (height, width) == self.resolution:
+            if self.kept_biases is not None:
+                return self.kept_biases
             return self.attention_biases[:, self.attention_bias_idxs]
         table = resized_biases(self.attention_biases, self.resolution, (height, width))
         return table[:, _distances(height, width).to(table.device)]
@@ -156,6 +178,7 @@ class LSNet(nn.Module):
 
     ``embed_dim`` and ``depth`` are those of the four stages; ``num_heads`` and ``key_dim`` those of the last one's
     attention. ``img_size`` is the size of image that its position biases belong to. ``global_pool`` "" leaves the maps.
+    ``stale_biases``: see ``BiasedAttention``.
     """
 
     def __init__(
@@ -169,6 +192,7 @@ class LSNet(nn.Module):
         num_heads: int = 4,
         key_dim: int = 16,
         drop_rate: float = 0.0,
+        stale_biases: bool = False,
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -193,7 +217,7 @@ class LSNet(nn.Module):
                 if number % 2 == 0:
                     mixer: nn.Module = RepVGGDW(dim)
                 elif stage == len(embed_dim) - 1:
-                    mixer = Residual(BiasedAttention(dim, key_dim, num_heads, resolution))
+                    mixer = Residual(BiasedAttention(dim, key_dim, num_heads, resolution, stale_biases))
                 else:
                     mixer = LSConv(dim)
                 layers.append(Block(dim, mixer))
@@ -291,7 +315,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
 
     A checkpoint without any 1 x 1 branch (the publisher's log of the distilled B counts none) gets silent ones.
     """
-    state = {key: value for key, value in state_dict.items() if not key.endswith("attention_bias_idxs")}
+    published = inner_state(state_dict)
+    state = {key: value for key, value in published.items() if not key.endswith("attention_bias_idxs")}
     own = model.state_dict()
     for key, table in state.items():
         if key.endswith("attention_biases") and key in own and table.ndim == 2:
@@ -307,9 +332,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
     return state
 
 
-def _cfg(classifier: str | tuple[str, ...]) -> dict[str, Any]:
+def _cfg(name: str) -> dict[str, Any]:
     return {
-        "url": "",
+        "hf_hub_id": "jameslahm/lsnet",  # the publisher's
+        "hf_hub_filename": f"{name}.pth",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (4, 4),
@@ -318,15 +344,12 @@ def _cfg(classifier: str | tuple[str, ...]) -> dict[str, Any]:
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "first_conv": "patch_embed.0.c",
-        "classifier": classifier,
+        "classifier": ("head.l", "head_dist.l") if name.endswith("distill") else "head.l",
     }
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        **{f"lsnet_{size}": _cfg("head.l") for size in "tsb"},
-        **{f"lsnet_{size}_distill": _cfg(("head.l", "head_dist.l")) for size in "tsb"},
-    }
+    {name: _cfg(name) for name in (f"lsnet_{size}{form}" for size in "tsb" for form in ("", "_distill"))}
 )
 SIZES: dict[str, dict[str, Any]] = {
     "t": {"embed_dim": (64, 128, 256, 384), "depth": (0, 2, 8, 10)},

@@ -25,6 +25,7 @@ from torch import nn
 
 from lissom.layers.conv_norm import ConvNorm, _affine
 from lissom.layers.ffnified_attention import FFNifiedAttention, RepDepthwise
+from lissom.models.weights import inner_state
 
 __all__ = ["ChannelMixer", "FFNet", "FFNetSR", "PatchMerging", "checkpoint_filter_fn"]
 
@@ -360,6 +361,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
 
     One of the fused form makes ``model`` take that form, in place: nothing leads back to the trained one.
     """
+    state_dict = inner_state(state_dict)
     fused = "patch_embed.0.weight" in state_dict
     if fused and isinstance(model, FFNet) and isinstance(model.patch_embed[0], ConvNorm):
         reparameterize_model(model, inplace=True)
@@ -368,9 +370,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
     return dict(state_dict)
 
 
-def _cfg(size: int, crop: float) -> dict[str, Any]:
+RELEASE = "https://github.com/ysj9909/FFNet/releases/download/v1.0/"  # the publisher's
+
+
+def _cfg(file: str, size: int, crop: float) -> dict[str, Any]:
     return {
-        "url": "",
+        "url": f"{RELEASE}{file}.pth.tar",
         "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
@@ -384,10 +389,10 @@ def _cfg(size: int, crop: float) -> dict[str, Any]:
     }
 
 
-def _enlarging_cfg() -> dict[str, Any]:
+def _enlarging_cfg(url: str = "") -> dict[str, Any]:
     """Images from 0 to 1, of any size; the size here is that of the publisher's training."""
     return {
-        "url": "",
+        "url": url,
         "num_classes": 0,
         "input_size": (3, 96, 96),
         "pool_size": None,
@@ -400,11 +405,15 @@ def _enlarging_cfg() -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "ffnet_1": _cfg(256, 0.9),
-        "ffnet_2": _cfg(256, 0.9),
-        "ffnet_3": _cfg(256, 0.95),
-        "ffnet_4": _cfg(384, 0.95),
-        "ffnetsr_light_x2": _enlarging_cfg(),
+        "ffnet_1.in1k": _cfg("ffnet_1", 256, 0.9),
+        "ffnet_1.dist_in1k": _cfg("ffnet_1_distillation", 256, 0.9),
+        "ffnet_2.in1k": _cfg("ffnet_2", 256, 0.9),
+        "ffnet_2.dist_in1k": _cfg("ffnet_2_distillation", 256, 0.9),
+        "ffnet_3.in1k": _cfg("ffnet_3", 256, 0.95),
+        "ffnet_3.dist_in1k": _cfg("ffnet_3_distillation", 256, 0.95),
+        "ffnet_3.in1k_384": _cfg("ffnet_3_384", 384, 0.95),
+        "ffnet_4.in1k_384": _cfg("ffnet_4_384", 384, 0.95),
+        "ffnetsr_light_x2": _enlarging_cfg(f"{RELEASE}FFNetSR_light_DIV2K_2.pth"),
         "ffnetsr_base_x2": _enlarging_cfg(),
     }
 )

@@ -30,6 +30,7 @@ from torch import nn
 from lissom.layers.conv_norm import _affine
 from lissom.layers.dilated_reparam import DilatedReparamBlock
 from lissom.layers.grn import GRN
+from lissom.models.weights import inner_state
 
 __all__ = ["UniRepLKNet", "UniRepLKNetBlock", "checkpoint_filter_fn"]
 
@@ -322,16 +323,18 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
 
     One of the merged form makes ``model`` take that form, in place: nothing leads back to the trained one.
     """
+    state_dict = inner_state(state_dict)
     merged = any(key.endswith("pwconv2.0.bias") for key in state_dict)
     if merged and any(isinstance(m, UniRepLKNetBlock) and not m.deploy for m in model.modules()):
         reparameterize_model(model, inplace=True)
     return dict(state_dict)
 
 
-def _cfg(size: int = 224) -> dict[str, Any]:
+def _cfg(file: str, size: int = 224) -> dict[str, Any]:
     """The publisher crops 224 pixels from a shorter side of 256, and from 384 on squeezes the whole image in."""
     return {
-        "url": "",
+        "hf_hub_id": "DingXiaoH/UniRepLKNet",  # the publisher's
+        "hf_hub_filename": file,
         "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": (size // 32, size // 32),
@@ -346,10 +349,21 @@ def _cfg(size: int = 224) -> dict[str, Any]:
     }
 
 
+# The accuracies stand in the files' names.
+IN1K = {"a": "77.03", "f": "78.58", "p": "80.23", "n": "81.64", "t": "83.21", "s": "83.91"}
+IN22K_TO_IN1K = {"s": "86.44", "b": "87.40", "l": "87.88", "xl": "87.96"}
 default_cfgs = generate_default_cfgs(
     {
-        **{f"unireplknet_{size}": _cfg() for size in "afpnts"},
-        **{f"unireplknet_{size}": _cfg(384) for size in ("b", "l", "xl")},
+        **{
+            f"unireplknet_{size}.in1k": _cfg(f"unireplknet_{size}_in1k_224_acc{accuracy}.pth")
+            for size, accuracy in IN1K.items()
+        },
+        **{
+            f"unireplknet_{size}.in22k_ft_in1k_384": _cfg(
+                f"unireplknet_{size}_in22k_to_in1k_384_acc{accuracy}.pth", 384
+            )
+            for size, accuracy in IN22K_TO_IN1K.items()
+        },
     }
 )
 

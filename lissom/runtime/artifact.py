@@ -26,25 +26,32 @@ from typing import Any
 
 from lissom.errors import LissomError
 
-__all__ = ["SCHEMA", "Artifact", "new_artifact", "write_atomic"]
+__all__ = ["SCHEMA", "Artifact", "new_artifact", "new_file", "write_atomic"]
 
 SCHEMA = 1
 PLAN = "plan.json"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, and to the disk."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes the file ``path`` on leaving: whole, or not at all, and on the disk."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield Path(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, and to the disk."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lissom.cli import main
 from lissom.cli.doctor import Check, examine
 from lissom.registry import KINDS, parts
 
-COMMANDS = ("slim", "measure", "profile", "predict", "fit", "reproduce", "list", "doctor")
+COMMANDS = ("slim", "measure", "profile", "predict", "fit", "convert", "reproduce", "list", "doctor")
 
 
 def test_help_names_every_command(capsys):
