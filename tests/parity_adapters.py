@@ -15,6 +15,7 @@ from torch import nn
 
 from lissom.models.convfirst import BlockStack
 from lissom.models.factory import _load, _translated, create_model, from_published
+from lissom.registry import parts
 
 State = Mapping[str, torch.Tensor]
 BUILD: dict[str, Callable[[State], nn.Module]] = {}
@@ -105,3 +106,10 @@ BUILD |= {
 OUTPUTS["fit/fit_denoiser"] = lambda model, x, previous, time, condition: model(x, time, condition, previous)
 
 BUILD["convfirst/stack_convfirst"] = stack_convfirst
+
+# In eval mode a Dyn-Perceiver answers with its merged logits alone; the figures are of all four exits.
+OUTPUTS |= {
+    f"dyn_perceiver/{part.name}": lambda model, x: tuple(model.answers(x))
+    for part in parts("network")
+    if part.module == "lissom.models.dyn_perceiver"
+}
