@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from torch import nn
 
 from lissom.errors import NotApplicable
 from lissom.export.capture import capture
+from lissom.layers.exits import OwnExit, exits_of
 
-__all__ = ["CutPoint", "check_cut", "cut_points"]
+__all__ = ["CutPoint", "check_cut", "cut_points", "own_exit_costs"]
 
 
 # An export takes seconds, and one model is asked for many places.
@@ -64,19 +65,48 @@ def check_cut(model: nn.Module, shape: tuple[int, ...], path: str) -> CutPoint:
         what = "is never called" if not ends else f"hands on {len(ends)} tensors"
         raise NotApplicable(f"the model cannot be cut behind {path!r}, which {what}")
     (node,) = ends
-    around = flow.way_around(node)
+    around = flow.way_around({node}, {flow.end})
     if around is not None:
-        names = list(dict.fromkeys(flow.path(n) or "the model's own forward" for n in around))
-        # What counts is where the way passes the cut; the rest of it may be hundreds of modules.
-        passed = next(n for n in around if flow.place[n] > flow.place[node])
-        middle = names.index(flow.path(passed) or "the model's own forward")
-        low, high = max(0, middle - 3), min(len(names), middle + 3)
-        shown = ["..."] * (low > 0) + names[low:high] + ["..."] * (high < len(names))
         raise NotApplicable(
             f"the model cannot be cut behind {path!r}: its answer is reached from the input past it, through "
-            + " > ".join(shown)
+            + flow.named(around, flow.place[node])
         )
     return CutPoint(path, tuple(node.meta["val"].shape[1:]), flow.done(node))
+
+
+def own_exit_costs(model: nn.Module, shape: tuple[int, ...], exits: Sequence[OwnExit]) -> list[tuple[float, float]]:
+    """What each of a model's own ``exits`` costs: the share of the operations done when it has answered, and the part
+    of it that only exits need. The model answers at all of them, and at no others (``attach_own_exits``).
+
+    Shares are of what the model's own answer takes. Raises NotApplicable where a later answer is reached past what an
+    exit says that it carries: then it names the modules on that way.
+    """
+    attached = exits_of(model)
+    if attached is None or list(attached.positions) != [exit.at for exit in exits]:
+        raise ValueError("the model answers at other exits than those; attach_own_exits first")
+    flow = _flow(model, shape)
+    answers = list(flow.end.args[0])  # type: ignore[call-overload]  # the nodes of the tuple that it answers with
+    own = flow.needed([answers[-1]])
+    total = max(1, flow.operations(own))
+    costs, wanted = [], []
+    for number, exit in enumerate(exits):
+        boundary = []
+        for path in exit.carries or (exit.at,):
+            ends = flow.ends_of(path)
+            if len(ends) != 1:
+                raise NotApplicable(f"exit {exit.at!r} carries {path!r}, which hands on {len(ends)} tensors, not one")
+            boundary += ends
+        around = flow.way_around(set(boundary), set(answers[number + 1 :]))
+        if around is not None:
+            place = max(flow.place[node] for node in boundary)
+            raise NotApplicable(
+                f"the model cannot be cut at its exit {exit.at!r}: a later answer is reached from the input past what "
+                f"the exit carries, through {flow.named(around, place)}"
+            )
+        wanted += [answers[number], *boundary]
+        done = flow.needed(wanted)
+        costs.append((flow.operations(done) / total, flow.operations(done - own) / total))
+    return costs
 
 
 def _flow(model: nn.Module, shape: tuple[int, ...]) -> _Flow:
@@ -101,10 +131,10 @@ class _Flow:
         ahead = self._reach([self.end], lambda n: n.all_input_nodes)
         self.flow = [n for n in self.nodes if n in behind and n in ahead]  # in order of execution
         self.inside = set(self.flow)
-        work = [_operations(n) for n in self.nodes]
-        total = max(1, sum(work))
+        self._work = {node: _operations(node) for node in self.nodes}
+        total = max(1, sum(self._work.values()))
         sums, self._done = 0, []
-        for operations in work:
+        for operations in self._work.values():
             sums += operations
             self._done.append(sums / total)
 
@@ -151,10 +181,11 @@ class _Flow:
         own = [n for n in self.flow if path in self._stack(n)]
         return [n for n in own if any(path not in self._stack(user) for user in n.users if user in self.inside)]
 
-    def way_around(self, node: torch.fx.Node) -> list[torch.fx.Node] | None:
-        """A shortest way from the input to the answer that does not touch ``node``; None where there is none."""
+    def way_around(self, cut: set[torch.fx.Node], targets: set[torch.fx.Node]) -> list[torch.fx.Node] | None:
+        """A shortest way from the input to one of ``targets`` that touches no node of ``cut``; None where there is
+        none. Input and target are left out of it."""
         before: dict[torch.fx.Node, torch.fx.Node] = {}
-        todo, seen = [self.start], {self.start, node}
+        todo, seen = [self.start], {self.start, *cut}
         while todo:
             following = []
             for here in todo:
@@ -163,7 +194,7 @@ class _Flow:
                         continue
                     seen.add(user)
                     before[user] = here
-                    if user is self.end:
+                    if user in targets:
                         way = [here]
                         while way[-1] in before:
                             way.append(before[way[-1]])
@@ -171,6 +202,25 @@ class _Flow:
                     following.append(user)
             todo = following
         return None
+
+    def named(self, way: list[torch.fx.Node], place: int) -> str:
+        """The modules on a way past a cut at ``place``, those next to it."""
+        names = list(dict.fromkeys(self.path(n) or "the model's own forward" for n in way))
+        # What counts is where the way passes the cut; the rest of it may be hundreds of modules.
+        passed = next((n for n in way if self.place[n] > place), way[-1] if way else None)
+        if passed is None:
+            return "the model's own forward"
+        middle = names.index(self.path(passed) or "the model's own forward")
+        low, high = max(0, middle - 3), min(len(names), middle + 3)
+        return " > ".join(["..."] * (low > 0) + names[low:high] + ["..."] * (high < len(names)))
+
+    def needed(self, nodes: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
+        """These nodes and all that they are computed from."""
+        return self._reach(nodes, lambda n: n.all_input_nodes)
+
+    def operations(self, nodes: Iterable[torch.fx.Node]) -> int:
+        """Multiply-accumulates of these nodes, roughly."""
+        return sum(self._work[node] for node in nodes)
 
     def done(self, node: torch.fx.Node) -> float:
         return self._done[self.place[node]]

@@ -1,6 +1,7 @@
 """The joint graph of a model with early exits: one forward pass, every answer, every score, every boundary.
 
-It is exported and quantised once, then cut at the boundaries; so all the stages share one set of ranges.
+It is exported and quantised once, then cut at the boundaries; so all the stages share one set of ranges. A boundary may
+be several tensors, of which a later one may repeat some.
 """
 
 from __future__ import annotations
@@ -20,28 +21,48 @@ __all__ = ["Joint", "JointOutputs", "joint_of"]
 
 @dataclass(frozen=True)
 class JointOutputs:
-    """Where what stands among the joint graph's outputs, K being the number of exits."""
+    """Where what stands among the joint graph's outputs, each tensor once.
 
-    exits: int
+    ``boundaries``: of each exit, the places of the tensors that are all that the stages behind it need; ``paths``: the
+    modules whose outputs stand behind answers and scores, in order.
+    """
+
+    boundaries: tuple[tuple[int, ...], ...] = ()
+    paths: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, exits: Sequence[Exit]) -> JointOutputs:
+        # A network's own exit answers with what its module says, which a boundary may carry too.
+        places = {exit.at: i for i, exit in enumerate(exits) if exit.carries}
+        paths: list[str] = []
+        for path in (path for exit in exits for path in exit.boundary):
+            if path not in places:
+                places[path] = 2 * len(exits) + 1 + len(paths)
+                paths.append(path)
+        return cls(tuple(tuple(places[path] for path in exit.boundary) for exit in exits), tuple(paths))
+
+    @property
+    def exits(self) -> int:
+        return len(self.boundaries)
 
     def answer(self, stage: int) -> int:
-        """The answer of stage 0 to K; K is the model's own."""
+        """The answer of stage 0 to K, the number of exits; K is the model's own."""
         return stage
 
     def score(self, exit: int) -> int:
         return self.exits + 1 + exit
 
-    def boundary(self, exit: int) -> int:
-        """What the exit's module answered: all that the stages behind it need."""
-        return 2 * self.exits + 1 + exit
+    def boundary(self, exit: int) -> tuple[int, ...]:
+        return self.boundaries[exit]
 
     @property
     def count(self) -> int:
-        return 3 * self.exits + 1
+        return 2 * self.exits + 1 + len(self.paths)
 
 
 class Joint(nn.Module):
-    """``model`` (with exits attached) as one function of the input: K + 1 answers, K scores (B,), K boundaries.
+    """``model`` (with exits attached) as one function of the input: K + 1 answers, K scores (B,), and what else K
+    boundaries hold (``JointOutputs``).
 
     Modules of the model have the prefix ``model.`` here; the scores are computed under ``score``.
     """
@@ -49,25 +70,25 @@ class Joint(nn.Module):
     def __init__(self, model: nn.Module, exits: Sequence[Exit]) -> None:
         super().__init__()
         self.model = model
-        self.exits = tuple(exits)
+        self.outputs = JointOutputs.of(exits)
         self.score = nn.ModuleList(Score(e.rule) for e in exits)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        boundaries: dict[int, torch.Tensor] = {}
+        carried: dict[str, torch.Tensor] = {}
         handles = []
-        for i, exit in enumerate(self.exits):
+        for path in self.outputs.paths:
 
-            def keep(module: nn.Module, inputs: object, output: torch.Tensor, i: int = i) -> None:
-                boundaries[i] = output
+            def keep(module: nn.Module, inputs: object, output: torch.Tensor, path: str = path) -> None:
+                carried[path] = output
 
-            handles.append(self.model.get_submodule(exit.at).register_forward_hook(keep))
+            handles.append(self.model.get_submodule(path).register_forward_hook(keep))
         try:
             answers = self.model(x)
         finally:
             for handle in handles:
                 handle.remove()
         scores = [score(answer) for score, answer in zip(self.score, answers, strict=False)]
-        return (*answers, *scores, *(boundaries[i] for i in range(len(self.exits))))
+        return (*answers, *scores, *(carried[path] for path in self.outputs.paths))
 
 
 class Score(nn.Module):

@@ -45,8 +45,7 @@ def export_openvino(
     precision = plan.precision
     graph, nodes = joint_graph(plan, target, shape, calibration)
     options = {"precision": "bf16"} if precision.options.get("float_bits") == 16 else {"precision": "f32"}
-    exits = len(plan.decisions)
-    stages = cut_graph(graph, exits) if exits else [graph]
+    stages = cut_graph(graph, JointOutputs.of(plan.decisions)) if plan.decisions else [graph]
     for i, stage in enumerate(stages):
         _name_by_place(stage)
         ov.save_model(stage, str(folder / f"stage{i}.xml"), compress_to_fp16=False)
@@ -84,7 +83,7 @@ def _name_by_place(graph: Any) -> None:
 def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
     """The OpenVINO graph of the plan's model at a static shape, and graph node name -> module path."""
     exits = plan.decisions
-    key = (batch, *shape, *((e.at, e.rule) for e in exits))
+    key = (batch, *shape, *((e.at, e.rule, e.carries) for e in exits))
     known = _converted.setdefault(plan.model, {})
     if key not in known:
         ov = import_openvino()
@@ -97,7 +96,7 @@ def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[
             except Exception as error:  # the converter raises its own kinds, with pages of text
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 raise LissomError(f"OpenVINO cannot take the model: {lines[-1] if lines else error!r}") from error
-        if len(graph.inputs) != 1 or len(graph.outputs) != JointOutputs(len(exits)).count:
+        if len(graph.inputs) != 1 or len(graph.outputs) != JointOutputs.of(exits).count:
             raise LissomError(
                 f"the model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
                 "one image in and one tensor of answers out is what can be exported"

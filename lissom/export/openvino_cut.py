@@ -10,13 +10,14 @@ from lissom.export.joint import JointOutputs
 __all__ = ["cut_graph"]
 
 
-def cut_graph(graph: Any, exits: int) -> list[Any]:
-    """The stages of a joint graph with ``exits`` exits, in order, as graphs of their own; ``graph`` stays as it is.
+def cut_graph(graph: Any, outputs: JointOutputs) -> list[Any]:
+    """The stages of a joint graph, in order, as graphs of their own; ``graph`` stays as it is.
 
-    Stage 0 takes the input, a later one what its predecessor carried over. Each but the last gives (answer, score,
-    carried), the last its answer. Raises NotApplicable where a stage would still need something from before its cut.
+    Stage 0 takes the input, a later one what its predecessor carried over, one input a tensor. Each but the last gives
+    (answer, score, carried...), the last its answer. Raises NotApplicable where a stage would still need something from
+    before its cut.
     """
-    return [_stage(graph.clone(), stage, JointOutputs(exits)) for stage in range(exits + 1)]
+    return [_stage(graph.clone(), stage, outputs) for stage in range(outputs.exits + 1)]
 
 
 def _stage(graph: Any, stage: int, outputs: JointOutputs) -> Any:
@@ -26,29 +27,32 @@ def _stage(graph: Any, stage: int, outputs: JointOutputs) -> Any:
     results = graph.get_results()
     wanted = [results[outputs.answer(stage)]]
     if stage < outputs.exits:
-        wanted += [results[outputs.score(stage)], results[outputs.boundary(stage)]]
-        _unquantised(wanted[-1])
+        # Results of their own: what is carried may be an answer too.
+        carried = [op.result(_unquantised(results[place])) for place in outputs.boundary(stage)]
+        wanted += [results[outputs.score(stage)], *carried]
     parameters = graph.get_parameters()
     if stage:
-        given = results[outputs.boundary(stage - 1)]
-        source = _unquantised(given)
-        # The boundary's own Result must not become a way from the parameter to itself.
-        parameter = op.parameter(list(source.get_shape()), source.get_element_type(), name=f"carried_{stage}")
-        for consumer in source.get_target_inputs():
-            if consumer.get_node().get_type_name() != "Result":
-                consumer.replace_source_output(parameter.output(0))
+        given = [_unquantised(results[place]) for place in outputs.boundary(stage - 1)]
+        kept = {result.get_name() for result in wanted}
+        parameters = []
+        for number, source in enumerate(given):
+            name = f"carried_{stage}_{number}" if len(given) > 1 else f"carried_{stage}"
+            parameter = op.parameter(list(source.get_shape()), source.get_element_type(), name=name)
+            for consumer in source.get_target_inputs():
+                # Results of other stages stay behind; one of this stage hands on what it was given.
+                if consumer.get_node().get_type_name() != "Result" or consumer.get_node().get_name() in kept:
+                    consumer.replace_source_output(parameter.output(0))
+            parameters.append(parameter)
         _check_alone(wanted, graph.get_parameters(), stage)
-        parameters = [parameter]
-    return ov.Model(wanted, parameters, f"stage{stage}")
+    return ov.Model([result.input_value(0) for result in wanted], parameters, f"stage{stage}")
 
 
 def _unquantised(result: Any) -> Any:
-    """The tensor behind a boundary's Result as it was before the quantiser rounded it for its consumers; the Result
-    is tied to it. What rounds it then stands in the stages that read it, and rounds the same numbers the same way."""
+    """The tensor behind a boundary's Result as it was before the quantiser rounded it for its consumers. What rounds it
+    then stands in the stages that read it, and rounds the same numbers the same way."""
     source = result.input_value(0)
     while source.get_node().get_type_name() == "FakeQuantize":
         source = source.get_node().input_value(0)
-    result.input(0).replace_source_output(source)
     return source
 
 

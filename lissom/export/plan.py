@@ -42,7 +42,8 @@ class Exit:
     is below one). ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
     with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds). ``cost``: operations done
     when this exit has answered, as a share of those of the model without exits; ``heads`` is the part of them that
-    this exit's head and those before it did.
+    this exit's head and those before it did. ``carries``: paths of the modules whose outputs are all that what lies
+    behind the exit needs, one tensor each; () is the output of ``at`` itself.
     """
 
     at: str
@@ -51,6 +52,12 @@ class Exit:
     delta: float = 0.05
     cost: float = 0.0
     heads: float = 0.0
+    carries: tuple[str, ...] = ()
+
+    @property
+    def boundary(self) -> tuple[str, ...]:
+        """The paths of the modules behind which the model is cut for this exit."""
+        return self.carries or (self.at,)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,16 @@
 The model keeps its class, its modules and their paths; the heads are registered under ``exits``. Its answer becomes a
 tuple: one answer an exit in order of execution, then its own. In training a head reads a detached copy of its module's
 output, so that heads learn and the rest does not feel them; ``detached=False`` trains both through each other.
+
+A network may have exits of its own, with classifiers that were trained with it. It declares them by a method
+``own_exits() -> Sequence[OwnExit]``, in order of execution; ``attach_own_exits`` makes its answer such a tuple too, out
+of what those classifiers answer. The network's forward pass must then run them all, which it can tell by ``exits_of``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +20,21 @@ from torch import nn
 
 from lissom.errors import LissomError
 
-__all__ = ["Exits", "attach_exits", "exits_of", "remove_exits"]
+__all__ = ["Exits", "OwnExit", "attach_exits", "attach_own_exits", "exits_of", "own_exits", "remove_exits"]
 
 NAME = "exits"
+
+
+@dataclass(frozen=True)
+class OwnExit:
+    """An exit that a network has by itself.
+
+    ``at``: the path of the module that gives its answer, logits (B, classes). ``carries``: the paths of modules whose
+    outputs, one tensor each, are together all that the network's later answers need of what came before.
+    """
+
+    at: str
+    carries: tuple[str, ...]
 
 
 class Exits(nn.Module):
@@ -76,12 +93,13 @@ class _Look:
 
 
 class _Answer:
-    """Forward hook of the model: its answer becomes that of every exit and its own."""
+    """Forward hook of the model: its answer becomes that of every exit and its own. Of a model that answers with a
+    tuple itself, as some do in training, the last is its own."""
 
     def __init__(self, exits: Exits) -> None:
         self.exits = exits
 
-    def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> tuple[torch.Tensor, ...]:
         exits = self.exits
         answers = []
         for index, head in enumerate(exits.heads):
@@ -89,7 +107,7 @@ class _Answer:
             if seen is None:
                 raise LissomError(f"an exit reads {exits.positions[index]!r}, which this forward pass did not run")
             answers.append(head(seen.detach() if exits.detached and seen.requires_grad else seen))
-        return (*answers, output)
+        return (*answers, output[-1] if isinstance(output, tuple) else output)
 
 
 def attach_exits(model: nn.Module, exits: Exits) -> nn.Module:
@@ -110,6 +128,24 @@ def attach_exits(model: nn.Module, exits: Exits) -> nn.Module:
     model.register_forward_pre_hook(_Start(exits))
     model.register_forward_hook(_Answer(exits))
     return model
+
+
+def own_exits(model: nn.Module) -> tuple[OwnExit, ...]:
+    """The exits that the network declares to have by itself; none where it declares nothing."""
+    declare = getattr(model, "own_exits", None)
+    return tuple(declare()) if callable(declare) else ()
+
+
+def attach_own_exits(model: nn.Module, places: Sequence[str] | None = None) -> nn.Module:
+    """Make the model answer at its own exits too, or at those of ``places`` (the ``at`` of each), in place.
+
+    They keep their gradients: nothing is detached. Raises ValueError for a place that is none of its own exits.
+    """
+    known = [exit.at for exit in own_exits(model)]
+    chosen = known if places is None else [at for at in known if at in set(places)]
+    if places is not None and (unknown := [at for at in places if at not in known]):
+        raise ValueError(f"the model has no exit of its own at {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return attach_exits(model, Exits(chosen, [nn.Identity() for _ in chosen], detached=False))
 
 
 def exits_of(model: nn.Module) -> Exits | None:

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from lissom.errors import LissomError
-from lissom.layers.exits import Exits, attach_exits, exits_of, remove_exits
+from lissom.layers.exits import (
+    Exits,
+    OwnExit,
+    attach_exits,
+    attach_own_exits,
+    exits_of,
+    own_exits,
+    remove_exits,
+)
 
 
 class Net(nn.Module):
@@ -176,3 +184,41 @@ def test_a_module_that_answers_with_more_than_a_tensor_is_refused():
     attach_exits(model, Exits(["0"], [nn.Identity()]))
     with pytest.raises(TypeError, match="an exit reads one tensor, and 0 answers"):
         model(torch.zeros(1, 2))
+
+
+class Declared(Net):
+    """Has an exit of its own on the first layer, and says so; in training it answers with both by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Linear(6, 3)
+
+    def own_exits(self) -> list[OwnExit]:
+        return [OwnExit("early", ("first",))]
+
+    def forward(self, x: torch.Tensor):  # type: ignore[no-untyped-def]
+        early = self.early(self.first(x).relu())
+        return (early, super().forward(x)) if self.training else super().forward(x)
+
+
+def test_a_networks_own_exits_answer_beside_it(x):
+    torch.manual_seed(0)
+    model = Declared().eval()
+    assert own_exits(Net()) == ()
+    assert own_exits(model) == (OwnExit("early", ("first",)),)
+    own = model(x)
+    attach_own_exits(model)
+    for module in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        early, last = module(x)
+        assert torch.equal(early, model.early(model.first(x).relu()))
+        assert torch.equal(last, own)
+        assert len(module.train()(x)) == 2  # its own tuple counts as its last answer
+        module.eval()
+    early.sum().backward()
+    assert model.early.weight.grad is None  # the copy's has it
+    model(x)[0].sum().backward()
+    assert model.first.weight.grad is not None  # own exits hand their gradients on
+    assert torch.equal(remove_exits(model)(x), own)
+    assert len(attach_own_exits(model, [])(x)) == 1
+    with pytest.raises(ValueError, match="no exit of its own at 'first'; it has early"):
+        attach_own_exits(model, ["first"])

@@ -76,16 +76,16 @@ def transformer():
     ).eval()
 
 
-def task(model, labelled=True):
+def task(model, labelled=True, shape=SHAPE):
     """Data whose labels are the model's own answers, with a tenth of them changed: quality is 90 points."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((240, *SHAPE)).astype(np.float32)
+    x = rng.standard_normal((240, *shape)).astype(np.float32)
     with torch.no_grad():
         y = model(torch.from_numpy(x)).argmax(1).numpy()
     y[::10] = (y[::10] + 1) % 4
     parts = {"fit": slice(0, 80), "choose": slice(80, 160), "report": slice(160, 240)}
     splits = {n: ArraySplit(n, x[s], y[s].astype(np.int64) if labelled else None) for n, s in parts.items()}
-    return Task(**splits, shape=SHAPE, classes=("a", "b", "c", "d"), name="made")
+    return Task(**splits, shape=shape, classes=("a", "b", "c", "d"), name="made")
 
 
 def run(folder, **options):

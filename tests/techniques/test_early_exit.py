@@ -12,6 +12,7 @@ from lissom.data.splits import ArraySplit
 from lissom.errors import NotApplicable
 from lissom.export.plan import Plan
 from lissom.layers.exits import exits_of
+from lissom.models.factory import create_model
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.early_exit import EarlyExit, positions
@@ -34,6 +35,12 @@ def small_cnn() -> nn.Module:
     for i in range(6):
         layers += [nn.Conv2d(8 if i else 3, 8, 3, 2 if i == 2 else 1, 1), nn.BatchNorm2d(8), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+
+
+def stemmed_vit() -> nn.Module:
+    """With a convolutional stem so dear that an exit may stand behind it, on maps."""
+    torch.manual_seed(0)
+    return create_model("cifar_vit", embed_dim=32, num_heads=2, depth=6, num_classes=4).eval()
 
 
 def task(count: int = 64) -> Task:
@@ -114,10 +121,12 @@ def test_the_space_offers_places_and_risks() -> None:
     assert set(space["risk"]) == {0.25, 0.5, 1.0}
 
 
-def test_heads_trained_once_serve_every_choice(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    plan, of = Plan.of(small_vit(), (3, 32, 32)), task()
+@pytest.mark.parametrize(("make", "early"), [(small_vit, "blocks.1"), (stemmed_vit, "patch_embed.layers.12")])
+def test_heads_trained_once_serve_every_choice(tmp_path, make, early) -> None:  # type: ignore[no-untyped-def]
+    plan, of = Plan.of(make(), (3, 32, 32)), task()
+    assert {early, "blocks.2", "blocks.4"} <= set(positions(plan.model, (3, 32, 32)))
     recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=2, seconds=None, seed=0)
-    first, second = EarlyExit(at=("blocks.2",)), EarlyExit(at=("blocks.1", "blocks.4"), risk=1.0)
+    first, second = EarlyExit(at=("blocks.2",)), EarlyExit(at=(early, "blocks.4"), risk=1.0)
     assert str(training_form(Recipe((first,)))) == str(training_form(Recipe((second,))))
     one = recoverer.recover(Recipe((first,)), first.apply(plan, of))
     files = list(tmp_path.glob("*.safetensors"))
@@ -133,7 +142,7 @@ def test_heads_trained_once_serve_every_choice(tmp_path) -> None:  # type: ignor
         fresh = second.apply(plan, of).model(x)
         assert not torch.allclose(two.model(x)[0], fresh[0], atol=1e-3)
     # Every place's head is the same wherever it stands in the recipe.
-    both = EarlyExit(at=("blocks.1", "blocks.2"))
+    both = EarlyExit(at=(early, "blocks.2"))
     three = recoverer.recover(Recipe((both,)), both.apply(plan, of))
     with torch.no_grad():
         torch.testing.assert_close(three.model(x)[1], one.model(x)[0])

@@ -12,7 +12,7 @@ from lissom.errors import LissomError
 from lissom.registry import load_part
 from lissom.tasks.task import Task
 
-__all__ = ["Method", "method_of"]
+__all__ = ["Method", "answers_of", "method_of"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Method:
     def parameters(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Which of the model's parameters this method trains: all of them."""
         return model.parameters()
+
+
+def answers_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A model's answers to a batch, its own last: those of all exits where it answers with a tuple."""
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
 def method_of(method: str | Method) -> Method:

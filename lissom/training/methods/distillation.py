@@ -18,7 +18,7 @@ from torch.nn import functional
 from lissom.errors import LissomError
 from lissom.registry import register
 from lissom.tasks.task import Task
-from lissom.training.methods.base import Method
+from lissom.training.methods.base import Method, answers_of
 
 __all__ = ["Distillation"]
 
@@ -58,7 +58,13 @@ class Distillation(Method):
     def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor | None, task: Task) -> torch.Tensor:
         assert self.teacher is not None
         answers = _answer(self.teacher.to(inputs.device), inputs)  # (B, classes)
-        outputs = model(inputs)
+        # A model with several answers in training learns each of them.
+        losses = [self._of(output, answers, targets, task) for output in answers_of(model(inputs))]
+        return torch.stack(losses).mean()
+
+    def _of(
+        self, outputs: torch.Tensor, answers: torch.Tensor, targets: torch.Tensor | None, task: Task
+    ) -> torch.Tensor:
         t = self.temperature
         # Over classes, which are dimension 1 of answers (B, classes) and of maps (B, classes, H, W) alike.
         own, given = functional.log_softmax(outputs / t, 1), functional.log_softmax(answers / t, 1)

@@ -262,7 +262,9 @@ class ExitDistillation(Term):
         """The path of the last block."""
         if self.last:
             return self.last
-        holders = {path.rpartition(".")[0] for path in exits.positions}
+        # Exits on a stem's maps compare no tokens, and do not stand in the row.
+        tokens = [path for path, head in zip(exits.positions, exits.heads, strict=True) if isinstance(head, TokenExit)]
+        holders = {path.rpartition(".")[0] for path in tokens or exits.positions}
         if len(holders) > 1 or not (holder := next(iter(holders))):
             raise LissomError("the exits do not stand in one row of blocks; name the last block by its path in last=")
         *_, name = (name for name, _ in model.get_submodule(holder).named_children())

@@ -1,0 +1,54 @@
+"""The main job on a network with exits of its own: through them, and as a plain model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import lissom
+from lissom.data.splits import ArraySplit
+from lissom.runtime.artifact import Artifact
+from lissom.tasks.task import Task
+from tests.models.tiny_perceiver import SHAPE, patterns, trained
+
+sys.path.insert(0, str(Path(__file__).parent))
+import standin
+
+
+def task() -> Task:
+    parts = {
+        name: ArraySplit(name, *patterns(count, 900 + i))
+        for i, (name, count) in enumerate({"fit": 64, "choose": 1200, "report": 300}.items())
+    }
+    return Task(**parts, shape=SHAPE, classes=tuple("abcd"), name="patterns")
+
+
+@pytest.mark.full
+def test_its_exits_are_used_as_they_were_trained(tmp_path: Path) -> None:
+    net, of = trained(), task()
+    result = standin.run(tmp_path / "r", net=net, task=of, recipe="early_exit(risk=5.0)")
+    artifact = Artifact.open(result.artifact)
+    places = [d["at"] for d in artifact.plan["decisions"]]
+    assert places
+    assert set(places) <= {"heads.early", "heads.late", "heads.maps"}
+    assert all(d["threshold"] is not None for d in artifact.plan["decisions"])
+    assert not (result.folder / "recovery").exists()  # nothing was trained
+    baseline = next(t for t in result.trials if t.role == "baseline")
+    given = next(t for t in result.trials if t.role == "given")
+    assert given.metrics.macs < baseline.metrics.macs
+    assert given.metrics.drop <= 5
+    answers = lissom.load(result.artifact)(of.report.inputs(slice(0, 300)))
+    assert (answers.argmax(-1) == of.report.labels).mean() > 0.6
+
+
+@pytest.mark.full
+def test_as_a_plain_model_it_gives_its_merged_answer(tmp_path: Path) -> None:
+    result = standin.run(
+        tmp_path / "r", net=trained(), task=task(), recipe="fuse() + low_rank(ratio=2.0, skip=('heads',))"
+    )
+    given = next(t for t in result.trials if t.role == "given")
+    assert given.ok, given.reason
+    assert Artifact.open(result.artifact).plan["decisions"] == []
+    assert given.metrics.params < next(t for t in result.trials if t.role == "baseline").metrics.params
