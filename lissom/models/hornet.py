@@ -5,6 +5,8 @@ by depthwise convolutions; the ``gf`` ones in the last two stages by ``GlobalLoc
 for maps of other sizes than their own. Names are the publisher's own, whose checkpoints load as they are. Sides are
 rounded down; any input size of at least 32 works.
 
+The neck for dense tasks, which works behind any network, is ``lissom.layers.horfpn.HorFPN``.
+
 Published training clips gradients by norm (100 for ``hornet_tiny_7x7``, 5 for the other 7x7, 1 for the ``gf``).
 """
 
@@ -99,8 +101,9 @@ class HorNet(nn.Module):
     """Images (B, in_chans, H, W) to logits (B, num_classes).
 
     Stage i is ``dim`` 2^i wide, of order i + 2, and has ``depths[i]`` blocks; ``filter_sizes[i]`` is that of its
-    filters, None for 7 x 7 convolutions. ``global_pool`` is "avg", or "" for maps in place of logits.
-    Raises ValueError for another one.
+    filters, None for 7 x 7 convolutions. ``global_pool`` is "avg", or "" for maps in place of logits, else ValueError
+    is raised. ``uniform_init`` draws weights by Glorot's uniform rule in place of the truncated normal one; the
+    classifier's are multiplied with ``head_init_scale``.
     """
 
     def __init__(
@@ -115,6 +118,8 @@ class HorNet(nn.Module):
         layer_scale: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        uniform_init: bool = False,
+        head_init_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
@@ -141,7 +146,10 @@ class HorNet(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=EPS)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_start)
+        self.apply(_start_evenly if uniform_init else _start)
+        if isinstance(self.head, nn.Linear) and head_init_scale != 1:
+            with torch.no_grad():
+                self.head.weight.mul_(head_init_scale)
 
     def _pool(self, kind: str) -> None:
         if kind not in ("avg", ""):
@@ -238,6 +246,13 @@ class HorNet(nn.Module):
 def _start(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _start_evenly(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -17,6 +17,7 @@ from timm.models.inception_next import MetaNeXt
 from timm.models.inception_next import MetaNeXtBlock as TimmBlock
 from torch import nn
 
+from lissom.layers.conv_norm import _affine
 from lissom.ops.inception_dwconv import InceptionDWConv2d
 
 __all__ = [
@@ -83,14 +84,6 @@ class NormThenConv(nn.Sequential):
         if self[1].padding not in (0, (0, 0)):
             return self
         return _fold_before(self[1], self[0])
-
-
-def _affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a BatchNorm does in eval mode, as y = scale x + shift, float64 (channels,)."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
 
 
 def _fold_before(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:

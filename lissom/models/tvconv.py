@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 
@@ -71,6 +71,7 @@ class _Face(nn.Module):
 
     feature_info: list[dict[str, Any]]
     layer_names: tuple[str, ...]
+    grad_checkpointing = False
 
     def _finish(self, channels: int, num_classes: int, drop_rate: float, embedding: int) -> None:
         self.output_layer = _Embedding(channels, embedding, drop_rate)
@@ -86,6 +87,16 @@ class _Face(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.classifier
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute layers anew in the backward pass instead of keeping what is inside them."""
+        self.grad_checkpointing = enable
+
+    def _run(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        layer = self.get_submodule(name)
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            return checkpoint(layer, x)
+        return layer(x)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, untrained classifier; none for 0 classes. The pool is always the mean."""
         self.num_classes = num_classes
@@ -95,7 +106,7 @@ class _Face(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w): the map before the embedding."""
         for name in self.layer_names:
-            x = self.get_submodule(name)(x)
+            x = self._run(name, x)
         return x
 
     def forward_intermediates(
@@ -113,7 +124,7 @@ class _Face(nn.Module):
         wanted = {names[i] for i in taken}
         kept = []
         for name in self.layer_names:
-            x = self.get_submodule(name)(x)
+            x = self._run(name, x)
             if name in wanted:
                 kept.append(x)
             if stop_early and name == names[last]:

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import Attention
 
 from lissom.errors import LissomError
-from lissom.models.convit import gates, gpsa_from_attention
+from lissom.models.convit import ConViT, attention_distances, checkpoint_filter_fn, gates, gpsa_from_attention
 from lissom.models.factory import from_published
 from lissom.ops.gpsa import GPSA
 from tests.models.families import (
@@ -50,6 +50,60 @@ def test_one_network_through_everything(local: int) -> None:
     maps = small("convit_tiny_local0", **NARROW, local_up_to_layer=local, features_only=True, out_indices=(1, 2))(x)
     assert [tuple(m.shape) for m in maps] == [(2, 16, 4, 4)] * 2
     check_export(small("convit_tiny_local0", **NARROW, num_classes=5, local_up_to_layer=local), x[:1])
+
+
+@pytest.mark.parametrize(("name", "dim", "heads"), [("tiny", 256, 4), ("small", 576, 9), ("base", 1024, 16)])
+def test_sizes_of_the_wider_networks(name: str, dim: int, heads: int) -> None:
+    def formula(dim: int, heads: int) -> int:
+        return 12 * (12 * dim**2 + 10 * dim) + 50 * heads + (768 + 196 + 4 + 1000) * dim + 1000
+
+    assert formula(48 * heads, heads) == SIZES[f"convit_{name}"]
+    assert count(f"convit_{name}_plus") == formula(dim, heads)
+
+
+def test_with_our_layers_it_is_timms_network() -> None:
+    theirs = small("convit_tiny", **NARROW, local_up_to_layer=2, num_classes=5).eval()
+    ours = small("convit_tiny_plus", **NARROW, local_up_to_layer=2, num_classes=5).eval()
+    assert isinstance(ours, ConViT)
+    ours.load_state_dict(theirs.state_dict())
+    x = images(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        distances = attention_distances(ours, x), attention_distances(theirs, x)
+    assert distances[0].keys() == distances[1].keys() == {"blocks.0.attn", "blocks.1.attn"}
+    for path, found in distances[0].items():
+        torch.testing.assert_close(found, distances[1][path], rtol=1e-4, atol=1e-4)
+    assert not ours._modules["blocks"][0].attn._forward_hooks
+
+
+def test_what_timms_network_does_not_do() -> None:
+    model = small("convit_tiny_plus", **{**NARROW, "img_size": (32, 48)}, local_up_to_layer=2, num_classes=5)
+    for block in model.blocks[:2]:
+        block.attn.pos_proj.bias.requires_grad_(False)  # the softmax takes it away
+    x = images(2, 3, 32, 48)
+    check_trains(model, x)
+    kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    check_trains(model, x)
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            torch.testing.assert_close(parameter.grad, kept[name])
+    check_export(model, x[:1])
+    begun, random = (small("convit_tiny_plus", **NARROW, local_init=flag).blocks[0].attn for flag in (True, False))
+    assert torch.equal(begun.v.weight, torch.eye(16))
+    assert random.v.weight.abs().max() < 0.2
+    with pytest.raises(LissomError, match="no dropout inside"):
+        small("convit_tiny_plus", **NARROW, attn_drop_rate=0.1)
+
+
+def test_position_embeddings_of_another_grid_are_resized() -> None:
+    square = small("convit_tiny", **NARROW, local_up_to_layer=2)
+    wide = small("convit_tiny_plus", **{**NARROW, "img_size": (32, 64)}, local_up_to_layer=2)
+    torch.nn.init.constant_(square.pos_embed, 0.5)
+    wide.load_state_dict(checkpoint_filter_fn(square.state_dict(), wide))
+    torch.testing.assert_close(wide.pos_embed, torch.full((1, 32, 16), 0.5))
+    assert wide.eval()(images(1, 3, 32, 64)).shape == (1, 1000)
 
 
 def test_gates() -> None:

@@ -72,6 +72,15 @@ def test_the_deploy_form_answers_the_same(name: str) -> None:
         check_export(fused, images(1, 3, 64, 96))
 
 
+def test_published_beginnings() -> None:
+    plain, even = small("hornet_tiny_gf", **SIZES), small("hornet_tiny_gf", **SIZES, uniform_init=True)
+    weight = even.stages[0][0].pwconv1.weight
+    assert weight.abs().max() <= (6 / sum(weight.shape)) ** 0.5
+    assert weight.std() > 2 * plain.stages[0][0].pwconv1.weight.std()
+    scaled = small("hornet_tiny_gf", **SIZES, head_init_scale=0.001)
+    torch.testing.assert_close(scaled.head.weight, 0.001 * plain.head.weight)
+
+
 def test_filters_are_resized_for_larger_images() -> None:
     sizes = {**SIZES, "filter_sizes": (None, None, (4, 3), (2, 2))}
     narrow, wide = small("hornet_tiny_gf", **sizes), small("hornet_tiny_gf", **SIZES)

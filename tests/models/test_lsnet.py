@@ -101,6 +101,27 @@ def test_biases_stand_for_distances_and_follow_the_weights() -> None:
     torch.testing.assert_close(attention.biases(5, 4), torch.full((2, 20, 20), 2.0))
 
 
+def test_the_published_cache_answers_with_stale_biases() -> None:
+    torch.manual_seed(0)
+    fresh, stale = BiasedAttention(8, 4, 2, (3, 3)), BiasedAttention(8, 4, 2, (3, 3), stale_biases=True)
+    stale.load_state_dict(fresh.state_dict())
+    x = images(2, 8, 3, 3)
+    settle(fresh, x)
+    state = fresh.state_dict()
+    state["attention_biases"] = images(2, 9)
+    before = fresh.attention_biases.clone()
+    fresh.load_state_dict(state)
+    stale.load_state_dict({**state, "attention_biases": before})
+    stale.eval()
+    stale.load_state_dict(state)  # after eval(), as the published evaluation does it
+    assert stale.state_dict().keys() == state.keys()
+    assert torch.equal(stale.biases(3, 3), before[:, stale.attention_bias_idxs])
+    assert torch.equal(stale.biases(2, 3), fresh.biases(2, 3))  # of maps of another size none are kept
+    stale.train().eval()
+    with torch.no_grad():
+        assert torch.equal(stale(x), fresh(x))
+
+
 def test_gradients_of_attention() -> None:
     torch.manual_seed(0)
     attention = settle(BiasedAttention(4, 2, 2, (3, 2)), images(4, 4, 3, 2)).double()

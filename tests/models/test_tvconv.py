@@ -44,7 +44,10 @@ def test_stored_kernels() -> None:
 @pytest.mark.parametrize("name", [MOBILE, SHUFFLE])
 def test_a_small_one_trains_folds_and_is_exported(name: str) -> None:
     x = images(2, 3, 32, 32)
-    check_trains(small(name, **SMALL), x)
+    model = small(name, **SMALL)
+    check_trains(model, x)
+    model.set_grad_checkpointing()
+    check_trains(model, x)
     folded = check_fuse(small(name, **SMALL), x)
     assert not any(isinstance(m, TVConv2d) for m in folded.modules())
     if name == SHUFFLE:  # the other consists of the same operators
