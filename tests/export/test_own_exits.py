@@ -100,7 +100,7 @@ def test_some_of_the_exits_by_number_or_by_path(model: DynPerceiver) -> None:
     assert ("heads.early", "heads.maps") in space["at"]
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_cut_equals_joint(model: DynPerceiver, plan: Plan, quantised: bool) -> None:
     """In float32 with all exits; in int8 with two of them.
 
