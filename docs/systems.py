@@ -108,6 +108,7 @@ FAMILIES: dict[str, list[Row]] = {
     "fit": [Row("fit_encoder", "", (4, 16, 12)), Row("fit_denoiser", "", None), Row("fit_ar", "", None)],
     "light_cnn": [Row("light_cnn", "", (1, 28, 28)), Row("light_cnn_cifar", "", (3, 32, 32))],
     "convfirst": _squares(224, ("convfirst_t", ""), ("convfirst_s", "")),
+    "terminator": [Row("terminator_cifar"), Row("terminator_cifar100"), Row("terminator_16")],
     "poincare_resnet": [
         Row(f"{geometry}_{size}")
         for geometry in ("hyperbolic", "euclidean", "euclideanwhypclass")
