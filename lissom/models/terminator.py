@@ -122,12 +122,11 @@ class Terminator(nn.Module):
     def set_input_size(self, img_size: int) -> None:
         """Take images of another size: learned maps are resized bicubically, kernels sampled on a finer or coarser
         grid of the same coordinates."""
-        state = {key: value for key, value in self.state_dict().items() if key.rpartition(".")[2] in MAPS}
-        for key, value in state.items():
+        for key, value in list(self.named_parameters()):
             parent, _, name = key.rpartition(".")
-            owner = self.get_submodule(parent)
-            if value.ndim == 4:  # the others are as long as the channels
-                setattr(owner, name, nn.Parameter(resized_map(value, img_size)))
+            if name in MAPS and value.ndim == 4:  # others are as long as the channels
+                owner = self.get_submodule(parent)
+                setattr(owner, name, nn.Parameter(resized_map(value.detach(), img_size), value.requires_grad))
                 if hasattr(owner, "positions"):
                     owner.positions = resized_positions(owner.positions, img_size)
                     owner.size = img_size
@@ -156,7 +155,7 @@ class Terminator(nn.Module):
     def _maps(self, x: torch.Tensor, blocks: int) -> list[torch.Tensor]:
         """The outputs of the first ``blocks`` blocks."""
         found: list[torch.Tensor] = []
-        for number, block in enumerate(self.blocks[:blocks]):
+        for number, block in enumerate(list(self.blocks)[:blocks]):
             arguments = (x, *(found[source] for source in self.earlier(number)))
             if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
                 x = checkpoint(block, *arguments, use_reentrant=False)
@@ -223,11 +222,11 @@ def resized_positions(positions: torch.Tensor, size: int) -> torch.Tensor:
 def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: Terminator) -> dict[str, torch.Tensor]:
     """A published checkpoint for this model; ``model`` becomes the published one where the checkpoint is of that.
 
-    That is where it holds no constants of a network whose extras train. Flags of the training length are left out, and
-    learned maps resized to the model's images.
+    That is where it holds neither running statistics nor scalars between blocks, which only ours have. Flags of the
+    training length are left out, and learned maps resized to the model's images.
     """
     state = {key: value for key, value in state_dict.items() if not key.endswith("train_length")}
-    if "block_biases" not in state:
+    if not any(key == "block_biases" or key.endswith("running_mean") for key in state):
         model.use_published_()
     for key, value in state.items():
         if key.rpartition(".")[2] in MAPS and value.ndim == 4:

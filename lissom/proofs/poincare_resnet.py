@@ -88,7 +88,7 @@ class _Scale:
     depth: int = 8
 
 
-QUICK = _Scale(8, None, None, Budget(40, 32, 8e-3, 1e-4), None, (16, 8, 8), 8)
+QUICK = _Scale(8, None, None, Budget(60, 32, 5e-3, 1e-4), None, (16, 8, 8), 8)
 DIGITS = _Scale(16, None, None, Budget(220, 64, 4e-3, 1e-4), Budget(110, 64, 4e-3, 1e-4), (64, 16, 16), 30)
 CIFAR = _Scale(
     16, 10_000, 2_000, Budget(780, 64, 4e-3, 1e-4, augment=True, flip=True),

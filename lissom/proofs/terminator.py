@@ -76,9 +76,7 @@ class _Scale:
     kar_lr: float = 1.2e-3
 
 
-QUICK = _Scale(
-    8, Budget(120, 32, 1e-2, weight_decay=0.0), (32, 128), 5, 8, 400, 200, (12, 24, 24), Budget(24, 32, 3e-3)
-)
+QUICK = _Scale(8, Budget(100, 32, 1e-2, weight_decay=0.0), (32, 128), 5, 8, 320, 200, (12, 24), Budget(20, 32, 3e-3))
 FULL = _Scale(
     16, Budget(1000, 64, 5e-3, weight_decay=0.0), (32, 64, 128, 256), 20, 16, 10_000, 2000, (12, 24, 48),
     Budget(5 * 156, 64, 2e-3, augment=True, flip=True),
@@ -162,10 +160,11 @@ class RowNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        context = x if self.mixer == "local" else x * self.slow_net_g()
+        kernel = torch.ones_like(x[:1]) if self.mixer == "local" else self.slow_net_g()
+        context = x * kernel
         fast = standardised(self.inner(context) + self.outer(x))
         if self.mixer == "product":
-            out = hyper_zzw_global(x, self.slow_net_g(), fast)
+            out = hyper_zzw_global(x, kernel, fast)
         elif self.mixer == "elementwise":
             out = context * fast
         else:

@@ -20,7 +20,7 @@ from tests.parity_adapters import BUILD
 ROOT = Path(__file__).parent.parent.parent
 SYSTEMS = (
     "shvit", "svit", "inceptionnext", "lsnet", "unireplknet", "metamixer", "hornet", "convit", "cvt", "inception_v4",
-    "tvconv", "convfirst", "fit",
+    "tvconv", "terminator", "convfirst", "fit",
 )  # fmt: skip
 # One narrow network of every kind: name, arguments, input.
 NARROW: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -51,6 +51,9 @@ NARROW: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "inception_resnet_v1": ({"width": 0.125}, (2, 3, 107, 91)),
     "mobilenet_v2_x0_1_tvconv": ({"img_size": 32}, (2, 3, 32, 32)),
     "shufflenet_v2_x0_5_tvconv": ({"img_size": 32}, (2, 3, 32, 32)),
+    "terminator_cifar": (
+        {"img_size": 8, "widths": (12, 12), "global_layers": (1, 1), "local_kernels": (3, 5, 3, 3)}, (2, 3, 8, 8),
+    ),
     "convfirst_t": ({}, (2, 3, 37, 45)),
     "light_cnn": ({}, (2, 1, 28, 28)),
     "fit_encoder": ({}, (2, 4, 16, 12)),
