@@ -146,7 +146,7 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
         "",
         f"lissom against the faster NNCF int8: {own / against:.2f}x. "
         f"Drop on report: {result.best.metrics.drop:.2f} points.",
-        f"Recipe: `{result.best.recipe or 'the model as it is'}`.",
+        f"Recipe: `{result.best.recipe or 'the model as it is'}`{' (given, not searched)' if options.recipe else ''}.",
         "",
     ]
     for row in result.json["ablation"]:
