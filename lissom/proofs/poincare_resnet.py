@@ -269,11 +269,12 @@ def _keeps(norms: Norms) -> Claim:
             for b in (kept["normal, correct"][i], kept["normal, published"][i]))
         for i in range(len(norms))
     ]  # fmt: skip
-    said = ", ".join(f"{start} {spread(values, 5)}" for start, values in kept.items())
+    said = ", ".join(f"{start} {spread(kept[start], 3)}" for start in STARTS if start.startswith("identity"))
+    gone = max(max(kept[start]) for start in STARTS if start.startswith("normal"))
     return Claim(
         "The identity start keeps norms over many layers where the normal start before it collapses to the origin.",
         verdict_by_interval(gains, matters=0.01),
-        f"share of the norm left behind {JUDGED} layers: {said}",
+        f"share of the norm left behind {JUDGED} layers: {said}, normal {gone:.0e} at most",
     )
 
 
