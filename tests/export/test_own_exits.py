@@ -102,12 +102,9 @@ def test_some_of_the_exits_by_number_or_by_path(model: DynPerceiver) -> None:
 
 @pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_cut_equals_joint(model: DynPerceiver, plan: Plan, quantised: bool) -> None:
-    """In float32 with all exits; in int8 with two of them.
-
-    In int8 the graphs are compared with their quantisers computed as written. OpenVINO's own rewriting into int8
-    kernels (2026.4, AVX-512 VNNI and AMX) answers otherwise for the last stage alone than for the joint graph, by up to
-    a fifth of the logits' range, with the same carried tensors: docs/systems/dyn_perceiver.md.
-    """
+    """In float32 with all exits; in int8 with two of them, first with the quantisers computed as written, then by
+    OpenVINO's int8 kernels. Those choose number formats by all that reads a tensor, which a cut changes, so that they
+    may round otherwise."""
     ov = import_openvino()
     inputs = patterns(8, 3)[0]
     if quantised:
@@ -117,22 +114,23 @@ def test_cut_equals_joint(model: DynPerceiver, plan: Plan, quantised: bool) -> N
     graph, _ = joint_graph(plan, TARGET, SHAPE, inputs)
     assert ("FakeQuantize" in {op.get_type_name() for op in graph.get_ops()}) == quantised
     outputs = JointOutputs.of(plan.decisions)
-    core = ov.Core()
-    config = {**CONFIG, "LP_TRANSFORMS_MODE": False} if quantised else CONFIG
-    joint = core.compile_model(graph, "CPU", config)
-    stages = [core.compile_model(stage, "CPU", config) for stage in cut_graph(graph, outputs)]
-    assert [len(stage.inputs) for stage in stages] == [1, *(len(e.boundary) for e in plan.decisions)]
-    for x in (inputs[:4], inputs[4:]):
-        want = [np.array(joint([x])[i]) for i in range(outputs.count)]
-        carried = [x]
-        for number, stage in enumerate(stages):
-            result = stage(carried)
-            got = [np.array(result[i]) for i in range(len(result))]
-            np.testing.assert_array_equal(got[0], want[outputs.answer(number)])
-            if number < outputs.exits:
-                np.testing.assert_array_equal(got[1], want[outputs.score(number)])
-                for tensor, place in zip(got[2:], outputs.boundary(number), strict=True):
-                    np.testing.assert_array_equal(tensor, want[place])
+    cut = cut_graph(graph, outputs)
+    assert [len(stage.inputs) for stage in cut] == [1, *(len(e.boundary) for e in plan.decisions)]
+    for kernels in (False, True) if quantised else (True,):
+        config = {**CONFIG, "LP_TRANSFORMS_MODE": kernels}
+        tolerance = 0.05 if quantised and kernels else 0.0
+        joint, *stages = (ov.Core().compile_model(g, "CPU", config) for g in (graph, *cut))
+        for x in (inputs[:4], inputs[4:]):
+            found = joint([x])
+            want = [np.array(found[i]) for i in range(outputs.count)]
+            carried = [x]
+            for number, stage in enumerate(stages):
+                result = stage(carried)
+                got = [np.array(result[i]) for i in range(len(result))]
+                last = number == outputs.exits
+                places = (outputs.answer(number), *(() if last else (outputs.score(number), *outputs.boundary(number))))
+                for tensor, place in zip(got, places, strict=True):
+                    assert np.abs(tensor - want[place]).max() <= tolerance * np.abs(want[place]).max()
                 carried = got[2:]
 
 
