@@ -24,7 +24,7 @@ def one_thread():
 
 
 def test_operations_of_an_ordinary_exit_are_its_stages_and_heads() -> None:
-    version = replace(QUICK, widths=(4, 8, 8, 16))
+    version = replace(QUICK, widths=(4, 8, 8, 16), blocks=1)
     shape = (3, 16, 16)
     alone, ordinary, dyn = (_built(system, version, 5, 0).eval() for system in ("alone", "ordinary", "dyn"))
     (plain,) = costs_of(alone, shape)
@@ -89,12 +89,15 @@ def test_verdicts_follow_the_figures() -> None:
     level = [NOT_SHOWN, SHOWS, NOT_SHOWN, NOT_SHOWN]
     assert verdicts(figures(90, 90.1, 89.9, 0), figures(90, 90.11, 89.9, 0)) == level
     assert verdicts(figures(90, 88, 91, 3)) == [INCONCLUSIVE] * 4  # one seed has no interval
+    apart = [{**figures(90, 88, 91 + n / 10, 3), "dyn height": np.nan} for n in (0, 1)]
+    claim = _judged("digits", apart).claims[3]
+    assert (claim.verdict, claim.evidence[:23]) == (INCONCLUSIVE, "no budget fits both: th")
 
 
 @pytest.fixture(scope="module")
 def result() -> ProofResult:
     with pytest.MonkeyPatch.context() as patch:
-        tiny = replace(QUICK, widths=(8, 8, 8, 16), epochs=1, batch=128, depths=(1, 1, 1, 1), latents=8)
+        tiny = replace(QUICK, widths=(8, 8, 8, 16), epochs=1, batch=128, blocks=1)
         patch.setattr(dyn_perceiver, "QUICK", tiny)
         return run_proof("dyn_perceiver", quick=True, seeds=2)
 
