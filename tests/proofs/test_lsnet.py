@@ -11,7 +11,7 @@ from lissom.proofs import lsnet
 from lissom.proofs.arms import Trained, generator
 from lissom.proofs.base import NOT_SHOWN, SHOWS, ProofResult, run_proof
 
-ARMS = (lsnet.LARGE, lsnet.NARROW, lsnet.STATIC, lsnet.SMALL_MLP, lsnet.LARGE_MLP)
+ARMS = (lsnet.LARGE, lsnet.NARROW, lsnet.STATIC, lsnet.SMALL_MLP, lsnet.SKIPPED_MLP, lsnet.LARGE_MLP)
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,10 @@ def test_every_arm_is_a_row_of_the_same_budget(result: ProofResult) -> None:
     rows = {(row.name, row.metric): row for row in result.rows}
     assert all(len(row.values) == 2 and np.isfinite(row.values).all() for row in result.rows)
     costs = [rows[f"cued neighbours, {name}", "squared error"].cost for name in ARMS]
-    assert [cost["parameters"] for cost in costs] == [927, 607, 881, 1029, 3009]
+    assert [cost["parameters"] for cost in costs] == [927, 607, 881, 1029, 1029, 3009]
     assert {cost["steps"] for cost in costs} == {lsnet.QUICK.cued.steps}
     assert {(lsnet.SHIFTED, "forward"), (lsnet.UNFOLDED, "forward and backward")} <= set(rows)
-    assert len(result.claims) == 6
+    assert len(result.claims) == 7
     assert all(claim.evidence for claim in result.claims)
     assert result.claims[-1].verdict == SHOWS  # memory is counted, not sampled
 
@@ -79,5 +79,5 @@ def judged(errors: tuple[float, ...], accuracy: float, speed: float) -> list[str
 
 
 def test_verdicts_follow_the_figures() -> None:
-    assert judged((0.04, 0.4, 0.5, 0.3, -0.04), 72.0, 2.0) == [SHOWS] * 7
-    assert judged((0.5, 0.5, 0.5, 0.5, 0.5), 70.0, 0.5) == [NOT_SHOWN] * 7
+    assert judged((0.04, 0.4, 0.5, 0.3, 0.3, -0.04), 72.0, 2.0) == [SHOWS] * 8
+    assert judged((0.5, 0.5, 0.5, 0.5, 0.5, 0.6), 70.0, 0.5) == [NOT_SHOWN] * 8
