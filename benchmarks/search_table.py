@@ -60,7 +60,7 @@ RATIOS = (None, 1.5, 3.0)  # low_rank
 AFTER = (None, 4, 8)  # token_clustering: blocks that see all tokens
 GRID = (4, 4)
 PRECISIONS = ("", "int8(linear='conv', products=32)")
-EXITS = (4, 6, 8, 10)  # blocks behind which exits stand
+EXITS = (2, 4, 7, 9)  # blocks behind which exits stand
 RULES = ("confidence", "entropy")
 RISKS = (0.25, 0.5, 1.0, 2.0, 4.0)
 JUDGED, FITTED = 1000, 2000  # images

@@ -72,9 +72,9 @@ class Technique:
         """This technique at some of its places alone: for those that stand at several, as exits do."""
         raise NotImplementedError(f"{self.name} has no places to choose from")
 
-    def training_form(self) -> Self:
+    def training_form(self, places: tuple[str, ...] = ()) -> Self:
         """This technique as its recovery is trained: recipes that differ only in knobs that training does not feel
-        share one training."""
+        share one training. ``places``: paths of exits that a recipe has and this form without them has not."""
         return self
 
     def knobs(self) -> dict[str, Any]:

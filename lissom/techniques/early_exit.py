@@ -97,7 +97,8 @@ class EarlyExit(Technique):
             sample = samples[point.path]
             alike = [path for path in known if samples[path].ndim == sample.ndim]
             kinds = head_kinds(max(1, len(alike)), maps=sample.ndim == 4)
-            kind = kinds[alike.index(point.path) if point.path in alike else min(number, len(kinds) - 1)]
+            earlier = list(samples)[: list(samples).index(point.path)]  # in order of execution
+            kind = kinds[min(sum(path in alike for path in earlier), len(kinds) - 1)]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(known.index(point.path) if point.path in known else number)
                 heads.append(build_head(sample, classes, kind, prefix=prefix,
@@ -141,16 +142,18 @@ class EarlyExit(Technique):
     def _paths(self, known: Sequence[str]) -> list[str]:
         if self.at is None:
             return _spread(known, 3)
-        if self.at == EVERYWHERE:
-            return list(known)
-        return list(dict.fromkeys(f"blocks.{p}" if isinstance(p, int) else p for p in self.at))
+        paths: list[str] = []
+        for place in self.at:
+            paths += known if place in EVERYWHERE else [f"blocks.{place}" if isinstance(place, int) else place]
+        return list(dict.fromkeys(paths))
 
     def only(self, places: tuple[str, ...]) -> Self:
         return replace(self, at=places)
 
-    def training_form(self) -> Self:
-        """Heads at every place, trained once for all recipes that differ only in where and when samples leave."""
-        return replace(self, at=EVERYWHERE, rule="confidence", risk=0.5)
+    def training_form(self, places: tuple[str, ...] = ()) -> Self:
+        """Heads at every place that a search would try, and at ``places``, trained once for all recipes that differ
+        only in where and when samples leave."""
+        return replace(self, at=(*EVERYWHERE, *places), rule="confidence", risk=0.5)
 
     @classmethod
     def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any]]:

@@ -65,6 +65,10 @@ class Recoverer:
             raise NotApplicable("this recipe needs a training, and the data have nothing to train on: give a train/")
         form = training_form(recipe)
         trained = form.apply(self.plan, self.task, self.target)
+        own, given = exits_of(plan.model), exits_of(trained.model)
+        if own is not None and given is not None and not set(own.positions) <= set(given.positions):
+            form = training_form(recipe, tuple(p for p in own.positions if p not in given.positions))
+            trained = form.apply(self.plan, self.task, self.target)
         name = hashlib.sha256(f"{self.seed} {form} {self.task.name}".encode()).hexdigest()[:16]
         path = self.folder / f"{name}.safetensors"
         if path.exists():
@@ -106,10 +110,11 @@ class Recoverer:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def training_form(recipe: Recipe) -> Recipe:
-    """What of a recipe a training feels: its techniques before precision, in the form they are trained in."""
+def training_form(recipe: Recipe, places: tuple[str, ...] = ()) -> Recipe:
+    """What of a recipe a training feels: its techniques before precision, in the form they are trained in, with exits
+    at ``places`` too."""
     precision = STAGES.index("precision")
-    return Recipe(tuple(t.training_form() for t in recipe.techniques if STAGES.index(t.stage) < precision))
+    return Recipe(tuple(t.training_form(places) for t in recipe.techniques if STAGES.index(t.stage) < precision))
 
 
 @torch.no_grad()

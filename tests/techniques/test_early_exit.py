@@ -149,6 +149,23 @@ def test_heads_trained_once_serve_every_choice(tmp_path, make, early) -> None:  
         torch.testing.assert_close(three.model(x)[0], two.model(x)[0])
 
 
+def test_places_that_a_search_would_not_try_are_trained_too(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    plan, of = Plan.of(small_vit(), (3, 32, 32)), task()
+    last = f"blocks.{len(plan.model.blocks) - 1}"  # type: ignore[arg-type]
+    assert last not in positions(plan.model, (3, 32, 32))
+    recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=1, seconds=None, seed=0)
+    given = EarlyExit(at=("blocks.2", last))
+    fresh = given.apply(plan, of)
+    trained = recoverer.recover(Recipe((given,)), fresh)
+    before, after = (exits_of(p.model).state_dict() for p in (fresh, trained))  # type: ignore[union-attr]
+    for head in ("heads.0.", "heads.1."):
+        assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith(head))
+    alone = EarlyExit(at=(last,))
+    assert alone.apply(plan, of).decisions[0].at == last
+    recoverer.recover(Recipe((alone,)), alone.apply(plan, of))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 def test_without_training_data_it_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
     plan, of = Plan.of(small_vit(), (3, 32, 32)), task().with_splits(fit=None)
     recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=1, seconds=None, seed=0)
