@@ -250,13 +250,18 @@ def _mapped(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _translated(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     """The checkpoint in the model's own names."""
-    state = dict(state)
+    state, own = dict(state), model.state_dict()
     translate = getattr(_home(model), "checkpoint_filter_fn", None)
-    if translate is None or state.keys() == model.state_dict().keys():
+    named = state.keys() == own.keys()
+    if translate is None or (named and all(state[k].shape == own[k].shape for k in own)):
         return state
     try:
-        return dict(translate(state, model))
+        translated = dict(translate(dict(state), model))
+        # With the model's own names, shapes are what a filter may still change: tables resized for other images.
+        return state if named and translated.keys() != own.keys() else translated
     except Exception as error:
+        if named:
+            return state
         raise LissomError(
             f"{source}: the checkpoint is not in a form known for {type(model).__name__} "
             f"({type(error).__name__}: {first_line(error)}); it holds {few(state)}"

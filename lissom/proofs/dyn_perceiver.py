@@ -283,8 +283,8 @@ def _judged(data: str, found: Sequence[Mapping[str, Any]]) -> ProofResult:
             INCONCLUSIVE if apart else verdict_by_interval(heights, matters=MATTERS),
             "no budget fits both: the cheapest of one costs more than the dearest of the other"
             if apart
-            else f"{_interval(heights)} points, mean over budgets from {low:.0f} to {high:.0f} % of the CNN's operations "
-            f"({text})",
+            else f"{_interval(heights)} points, mean over budgets from {low:.0f} to {high:.0f} % of the CNN's "
+            f"operations ({text})",
         ),
     )
     notes = (

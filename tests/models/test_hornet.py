@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lissom.errors import LissomError
-from lissom.models.factory import create_model
+from lissom.models.factory import create_model, from_published
 from lissom.models.hornet import checkpoint_filter_fn
 from tests.models.families import (
     check_classifier,
@@ -89,6 +89,15 @@ def test_filters_are_resized_for_larger_images() -> None:
     key = "stages.3.0.gnconv.dwconv.complex_weight"
     corners = narrow.state_dict()[key]
     torch.testing.assert_close(wide.state_dict()[key][:, ::6, ::3], corners)
+
+
+def test_a_checkpoint_of_smaller_images_loads_into_the_network_for_larger_ones() -> None:
+    published = create_model("hornet_base_gf", num_classes=3).state_dict()
+    loaded = from_published("hornet_base_gf_img384", published).state_dict()
+    resized = [k for k in loaded if loaded[k].shape != published[k].shape]
+    assert resized
+    assert all(key.endswith("complex_weight") for key in resized)
+    assert all(torch.equal(loaded[k], published[k]) for k in loaded if k not in resized)
 
 
 def test_foreign_checkpoints_are_refused() -> None:
