@@ -70,7 +70,7 @@ PAIRS = (
     Pair("inception_resnet_v2", "inception_v4", 299, "like cost"),
     Pair("mobilenet_v2_x0_1_tvconv", "mobilenet_v2_x0_2_base", 96, "2.3x the throughput at like accuracy"),
     Pair("convfirst_t", "convnext_tiny", 224, "about 4x with fused kernels, which this form does not have"),
-    Pair("poincare_4_8_16_resnet_20", "euclidean_4_8_16_resnet_20", 32, "slower: the claim is that it trains"),
+    Pair("hyperbolic_4_8_16_resnet_20", "euclidean_4_8_16_resnet_20", 32, "slower: the claim is that it trains"),
     Pair("terminator_cifar", "euclidean_16_32_64_resnet_20", 32, "fewer parameters; no speed is claimed"),
     Pair("reg400m_perceiver_t128", "regnety_004", 224, "faster by its early exits, which this table does not take"),
 )  # fmt: skip
