@@ -72,9 +72,10 @@ class Technique:
         """This technique at some of its places alone: for those that stand at several, as exits do."""
         raise NotImplementedError(f"{self.name} has no places to choose from")
 
-    def training_form(self, places: tuple[str, ...] = ()) -> Self:
+    def training_form(self, places: tuple[str, ...] = ()) -> Self | None:
         """This technique as its recovery is trained: recipes that differ only in knobs that training does not feel
-        share one training. ``places``: paths of exits that a recipe has and this form without them has not."""
+        share one training. None: others are trained without it, and the weights fit with it. ``places``: paths of exits
+        that a recipe has and this form without them has not."""
         return self
 
     def knobs(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lissom.export.cuts import CutPoint, check_cut, cut_points, own_exit_costs
 from lissom.export.plan import Exit, Plan
 from lissom.layers.exit_heads import build_head, head_kinds
 from lissom.layers.exits import Exits, OwnExit, attach_exits, attach_own_exits, own_exits
-from lissom.layers.token_clustering import find_token_blocks, token_grid
+from lissom.layers.token_clustering import find_token_blocks, remove_token_clusters, token_clusters_of, token_grid
 from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
@@ -81,7 +81,10 @@ class EarlyExit(Technique):
             raise NotApplicable("early exits answer for a whole image: they are for classification")
         if declared := own_exits(plan.model):
             return self._open(plan, task, declared)
-        known = positions(plan.model, task.shape)
+        # Places, and with them the kinds of heads, are those of the model with all its tokens: a clustering changes
+        # neither weights nor what heads are trained on.
+        whole = plan.model if token_clusters_of(plan.model) is None else remove_token_clusters(clone(plan.model))
+        known = positions(whole, task.shape)
         if not known:
             raise NotApplicable("the model has no place in its middle that all of its computation goes through")
         wanted = self._paths(known)
@@ -161,12 +164,12 @@ class EarlyExit(Technique):
         if own:
             some = [c for n in range(1, len(own) + 1) for c in combinations(own, n)]
             return {"at": some if len(own) <= 3 else [c for c in some if len(c) <= 2] + [tuple(own)],
-                    "risk": (0.25, 0.5, 1.0)}  # fmt: skip
+                    "risk": (0.25, 0.5, 1.0, 2.0)}  # fmt: skip
         known = positions(plan.model, plan.shape) if plan.shape else ()
         choices = [(p,) for p in known] + [tuple(_spread(known, n)) for n in (2, 3, 4, MOST) if n <= len(known)]
         if len(known) > 3:
             choices += [(known[0], known[-1]), (known[0], known[len(known) // 2]), tuple(known[:2])]
-        return {"at": list(dict.fromkeys(choices)), "risk": (0.25, 0.5, 1.0)}
+        return {"at": list(dict.fromkeys(choices)), "risk": (0.25, 0.5, 1.0, 2.0)}
 
 
 def positions(model: nn.Module, shape: tuple[int, ...]) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ def training_form(recipe: Recipe, places: tuple[str, ...] = ()) -> Recipe:
     """What of a recipe a training feels: its techniques before precision, in the form they are trained in, with exits
     at ``places`` too."""
     precision = STAGES.index("precision")
-    return Recipe(tuple(t.training_form(places) for t in recipe.techniques if STAGES.index(t.stage) < precision))
+    forms = (t.training_form(places) for t in recipe.techniques if STAGES.index(t.stage) < precision)
+    return Recipe(tuple(form for form in forms if form is not None))
 
 
 @torch.no_grad()

@@ -135,6 +135,9 @@ class ClusterTokens(Technique):
             f"{blocks.count} blocks{where}",
         )
 
+    def training_form(self, places: tuple[str, ...] = ()) -> None:
+        """It changes no weight: what is trained is trained on all tokens, once for every clustering."""
+
     @classmethod
     def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any]]:
         blocks = find_token_blocks(plan.model)

@@ -118,7 +118,7 @@ def test_the_space_offers_places_and_risks() -> None:
     assert ("blocks.1",) in space["at"]
     assert tuple(f"blocks.{i}" for i in (1, 2, 3, 4)) in space["at"]
     assert len(space["at"]) == len(set(space["at"]))
-    assert set(space["risk"]) == {0.25, 0.5, 1.0}
+    assert set(space["risk"]) == {0.25, 0.5, 1.0, 2.0}
 
 
 @pytest.mark.parametrize(("make", "early"), [(small_vit, "blocks.1"), (stemmed_vit, "patch_embed.layers.12")])
@@ -147,6 +147,23 @@ def test_heads_trained_once_serve_every_choice(tmp_path, make, early) -> None:  
     with torch.no_grad():
         torch.testing.assert_close(three.model(x)[1], one.model(x)[0])
         torch.testing.assert_close(three.model(x)[0], two.model(x)[0])
+
+
+@pytest.mark.parametrize("make", [small_vit, stemmed_vit])
+def test_heads_serve_clustered_tokens_too(tmp_path, make) -> None:  # type: ignore[no-untyped-def]
+    plan, of = Plan.of(make(), (3, 32, 32)), task()
+    recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=1, seconds=None, seed=0)
+    plain = Recipe.parse("early_exit(at=(2, 4))")
+    fewer = Recipe.parse("token_clustering(after=3) + early_exit(at=(2, 4))")
+    one = recoverer.recover(plain, plain.apply(plan, of, TARGET)).model
+    two = recoverer.recover(fewer, fewer.apply(plan, of, TARGET)).model
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    x = torch.from_numpy(of.choose.inputs(slice(0, 4)))
+    with torch.no_grad():
+        first, second = one(x), two(x)
+    torch.testing.assert_close(second[0], first[0])  # before the clustering nothing differs
+    assert not torch.allclose(second[1], first[1], atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
 def test_places_that_a_search_would_not_try_are_trained_too(tmp_path) -> None:  # type: ignore[no-untyped-def]
