@@ -2,7 +2,7 @@
 # make env       the environment in .venv, from requirements.lock; nothing is done twice
 # make demo      the environment, then the main job on the embedded default
 # make test      lint, types, floors, then the tests that need no more than minutes
-# make test-full what takes longer as well
+# make test-full what takes longer as well; can be cut off and run again
 # make lock      compile requirements.lock anew from pyproject.toml
 # make docs      write docs/parts/ from the docstrings
 # make clean     remove the environment and the caches
@@ -49,8 +49,9 @@ lint: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not full"
 
+# Cut off, it goes on where it was: what passed is left out until a file changes.
 test-full: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --resume
 
 lock: | $(UV)
 	$(UV) pip compile --quiet --universal --generate-hashes --extra onnx --extra dev pyproject.toml -o requirements.lock
