@@ -1,4 +1,4 @@
-"""Cheap failures first: tests marked ``last`` come after all others. ``--resume`` goes on with a run that was cut off."""
+"""Cheap failures first: tests marked ``last`` come after all others; ``--resume`` goes on with a run cut off."""
 
 import hashlib
 import os
