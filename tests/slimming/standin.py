@@ -97,7 +97,7 @@ def run(folder, **options):
     options.setdefault("trials", 7)
     options.setdefault("techniques", ("fuse", "bf16", "int8"))  # those that train have runs of their own
     options.setdefault("meter", StandIn())
-    options.setdefault("task", task(net))
+    options["task"] = options.get("task") or task(net)
     return slimming.slim(net, out=folder, threads=1, budget="latency<=0.7x, drop<=5", **options)
 
 

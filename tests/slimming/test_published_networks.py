@@ -21,7 +21,7 @@ NETWORKS = {
     # BatchNorm and attention
     "shvit_s1": {"embed_dim": (16, 24, 32), "partial_dim": (4, 6, 8), "depth": (1, 2, 1)},
     "lsnet_t": {"embed_dim": (16, 16, 24, 32), "depth": (0, 2, 2, 2), "img_size": 64},
-    "cvt_13_224": {"dims": (8, 12, 16), "heads": (1, 3, 2), "depths": (1, 1, 2), "img_size": 64},
+    "cvt_13_224": {"dims": (8, 12, 16), "heads": (1, 3, 2), "depths": (1, 1, 2)},
     # LayerNorm and gates
     "hornet_tiny_7x7": {"dim": 8, "depths": (1, 1, 2, 1)},
 }
