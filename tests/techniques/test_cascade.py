@@ -53,7 +53,7 @@ def plan_of(model: nn.Module) -> Plan:
     "text",
     [
         "cascade()",
-        "cascade(first=(low_rank(ratio=2.0) + int8()), second=(int8()))",
+        "cascade(first=(low_rank(ratio=2.5) + int8()), second=(int8()))",
         "cascade(first=(low_rank()), second=(fuse() + int8(keep=('head',))), score='entropy', risk=1.0)",
         "fuse() + cascade(first=(int8(linear='conv'))) + bf16()",
         "cascade(first=(), second=(low_rank()), postcheck=False)",
@@ -65,8 +65,8 @@ def test_text_and_back(text: str) -> None:
 
 
 def test_members_read_without_parentheses_and_in_any_order() -> None:
-    read = Recipe.parse("cascade(second=int8, first=int8 + low_rank(ratio=2.0))")
-    assert str(read) == "cascade(first=(low_rank(ratio=2.0) + int8()), second=(int8()))"
+    read = Recipe.parse("cascade(second=int8, first=int8 + low_rank(ratio=2.5))")
+    assert str(read) == "cascade(first=(low_rank(ratio=2.5) + int8()), second=(int8()))"
     for wrong, says in (
         ("cascade(first=3)", "not of the form"),
         ("cascade(first=(low_rank() - int8()))", "not of the form"),
@@ -191,7 +191,7 @@ def test_settling_settles_the_members() -> None:
 def test_the_space_offers_first_members_that_apply() -> None:
     space = Cascade.space(plan_of(vit()), TARGET)
     assert space["first"][0] is None
-    assert [str(r) for r in space["first"][1:]] == ["low_rank(ratio=2.0)", "low_rank(ratio=4.0)", "token_clustering()"]
+    assert [str(r) for r in space["first"][1:]] == ["low_rank()", "low_rank(ratio=4.0)", "token_clustering()"]
     recipes = RecipeSpace(["cascade", "int8"], plan_of(vit()), TARGET)
     for recipe in (Recipe((Cascade(),)), Recipe.parse("cascade(first=(low_rank(ratio=2.0)), risk=1.0)")):
         assert recipes.decode(recipes.encode(recipe)) == recipe
