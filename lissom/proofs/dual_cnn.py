@@ -50,7 +50,8 @@ WAYS = {
 
 @dataclass(frozen=True)
 class _Version:
-    """Images of ``side`` pixels: ``train`` to train on, ``choose`` to choose on, the rest to judge by."""
+    """Images of ``side`` pixels: ``train`` to train on, ``choose`` to choose on, the rest to judge by; each distorted
+    ``copies`` times."""
 
     side: int
     train: int
@@ -59,10 +60,11 @@ class _Version:
     batch: int = 64
     lr: float = 3e-3
     rounds: int = 20
+    copies: int = 1
 
 
-QUICK = _Version(16, 1000, 400, 3, batch=32)
-DIGITS = _Version(16, 1000, 400, 12, batch=32)
+QUICK = _Version(16, 1000, 400, 3, batch=32, copies=4)
+DIGITS = _Version(16, 1000, 400, 12, batch=32, copies=4)
 MNIST = _Version(28, 10_000, 4000, 6)
 
 
@@ -132,8 +134,11 @@ def _data(source: DataSet, version: _Version, seed: int) -> _Data:
         "choose": tuple(part[order[: version.choose]] for part in rest),
         "report": tuple(part[order[version.choose :]] for part in rest),
     }
-    pixels = {name: np.stack([_distorted(image, rng) for image in images]) for name, (images, _) in parts.items()}
-    return _Data(pixels, {name: labels for name, (_, labels) in parts.items()}, source.classes)
+    pixels = {
+        name: np.stack([_distorted(image, rng) for _ in range(version.copies) for image in images])
+        for name, (images, _) in parts.items()
+    }
+    return _Data(pixels, {name: np.tile(labels, version.copies) for name, (_, labels) in parts.items()}, source.classes)
 
 
 def _grey(split: Any, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -72,7 +72,7 @@ def verdicts(*found: dict[str, Any]) -> list[str]:
 
 
 def test_verdicts_follow_the_figures() -> None:
-    assert verdicts(figures(84, 82, 84, 0.6, 83.5), figures(84.1, 82, 84, 0.7, 83.6)) == [SHOWS] * 5
+    assert verdicts(figures(84, 82, 83.9, 0.6, 83.5), figures(84.1, 82, 84, 0.65, 83.6)) == [SHOWS] * 5
     apart = figures(81, 82, 90, -0.5, 83, ran=0.7), figures(81, 82.1, 90.1, -0.6, 83.1, ran=0.7)
     assert verdicts(*apart) == [NOT_SHOWN] * 5
     assert verdicts(figures(84, 82, 84, 0.6, 83.5)) == [INCONCLUSIVE] * 4 + [SHOWS]  # calls are counted, not drawn
