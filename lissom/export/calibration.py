@@ -33,7 +33,7 @@ from scipy.stats import binom
 from lissom.errors import LissomError
 from lissom.runtime.decisions import first_exit
 
-__all__ = ["Calibration", "apply", "fit_thresholds", "minimum_samples"]
+__all__ = ["Calibration", "apply", "fit_thresholds", "minimum_samples", "never_tested"]
 
 # A step is worth the cost that it saves divided by the harm that it adds, in samples, plus this. Without it every step
 # that shows no harm among a few hundred samples would be worth the same, however little it saves.
@@ -88,6 +88,19 @@ def minimum_samples(risk: float, delta: float = 0.05) -> int:
     return n
 
 
+def never_tested(n: int, seed: int = 0) -> np.ndarray:
+    """Rows, int64 in order, that ``fit_thresholds`` with this seed never tests its promise on, whatever risk and delta
+    (and a design part of a tenth or more): a tenth of ``n``. What else must be fitted on the samples may look at these.
+    """
+    return np.sort(_order(n, seed)[n - round(n * SMALLEST_DESIGN) :])
+
+
+def _order(n: int, seed: int) -> np.ndarray:
+    """The samples in the order in which they are divided: those to test on first."""
+    # Not the generator of the seed alone: whoever drew the samples by the same seed would get a split that knows them.
+    return np.random.default_rng((seed, 1)).permutation(n)
+
+
 def apply(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Where each sample leaves, int64 (n,): the first k with ``scores`` (n, K) above ``thresholds`` (K,), K for none.
 
@@ -137,8 +150,7 @@ def fit_thresholds(
     costs = _costs(costs, exits)
 
     n_test = min(max(n - round(n * design), minimum_samples(risk, delta)), n - round(n * min(design, SMALLEST_DESIGN)))
-    # Not the generator of the seed alone: whoever drew the samples by the same seed would get a split that knows them.
-    order = np.random.default_rng((seed, 1)).permutation(n)
+    order = _order(n, seed)
     test, drawn = order[:n_test], order[n_test:]
 
     thresholds, tested = np.full(exits, np.inf), 0

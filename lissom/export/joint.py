@@ -6,6 +6,7 @@ be several tensors, of which a later one may repeat some.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from lissom.errors import LissomError
 from lissom.export.plan import Exit, Plan
+from lissom.runtime.decisions import RULES
 
 __all__ = ["Joint", "JointOutputs", "joint_of"]
 
@@ -92,20 +94,24 @@ class Joint(nn.Module):
 
 
 class Score(nn.Module):
-    """Logits (B, classes) -> (B,), higher where the answer is surer: the largest softmax share, or, by entropy, minus
-    the softmax's entropy in nats."""
+    """Logits (B, classes) -> (B,), higher where the answer is surer: the largest softmax share (confidence), that less
+    the second largest (difference), or minus the softmax's entropy, in nats or over ln(classes)."""
 
     def __init__(self, rule: str) -> None:
         super().__init__()
-        if rule not in ("confidence", "entropy"):
-            raise LissomError(f"an exit's rule is confidence or entropy, not {rule!r}")
+        if rule not in RULES:
+            raise LissomError(f"an exit's rule is {' or '.join(RULES)}, not {rule!r}")
         self.rule = rule
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         shares = functional.softmax(logits, -1)
         if self.rule == "confidence":
             return shares.amax(-1)
-        return (shares * functional.log_softmax(logits, -1)).sum(-1)
+        if self.rule == "difference":
+            best = shares.topk(2, -1).values
+            return best[..., 0] - best[..., 1]
+        unit = math.log(logits.shape[-1]) if self.rule == "normalised_entropy" else 1.0
+        return (shares * functional.log_softmax(logits, -1)).sum(-1) / unit
 
 
 def joint_of(plan: Plan) -> nn.Module:

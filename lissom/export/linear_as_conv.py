@@ -8,6 +8,7 @@ activation behind the layer move into the convolution's layout too, so that they
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,18 @@ _ACTIVATIONS = {
 }
 
 
-def linear_as_conv(graph: Any) -> int:
+def linear_as_conv(graph: Any, wanted: Callable[[str], bool] = lambda name: True) -> int:
     """Rewrite, in place, every MatMul of tokens (B, N, C) or (B, H, W, C) with constant weights; return how many.
 
-    A MatMul of one token (a classifier head on a pooled vector) stays: there is nothing to gain.
+    A MatMul of one token (a classifier head on a pooled vector) stays: there is nothing to gain. So does one whose
+    friendly name is not ``wanted``.
     """
     from openvino import opset13 as op
 
     as_image: dict[tuple[str, int], Any] = {}  # token tensor -> the same values as an image
     count = 0
     for node in graph.get_ordered_ops():
-        if node.get_type_name() != "MatMul":
+        if node.get_type_name() != "MatMul" or not wanted(node.get_friendly_name()):
             continue
         weight = _weights(node)
         tokens = node.input_value(0)

@@ -63,7 +63,8 @@ def joint_graph(
     converted, nodes = _convert(plan, shape, target.batch)
     graph = converted.clone()
     if precision.options.get("linear") == "conv":
-        linear_as_conv(graph)
+        inside = precision.options.get("linear_in") or ("",)
+        linear_as_conv(graph, lambda name: nodes.get(name.partition("/")[0], "").startswith(tuple(inside)))
     if 8 in precision.bits.values():
         if calibration is None:
             raise LissomError("int8 needs images to calibrate on; the task has none to fit")

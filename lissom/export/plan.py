@@ -38,11 +38,12 @@ class Precision:
 class Exit:
     """An early exit: behind the module ``at`` (its path) the model may answer already.
 
-    ``rule``: "confidence" (the largest softmax share is above a threshold) or "entropy" (the softmax's entropy in nats
-    is below one). ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
+    ``rule``: "confidence" (the largest softmax share is above a threshold), "entropy" (the softmax's entropy in nats
+    is below one), or another of ``lissom.runtime.decisions.RULES``. ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
     with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds). ``cost``: operations done
     when this exit has answered, as a share of those of the model without exits; ``heads`` is the part of them that
-    this exit's head and those before it did. ``carries``: paths of the modules whose outputs are all that what lies
+    this exit's head and those before it did; the last exit's say what running to the end costs more than the model
+    without exits (less, below 0: a cascade's members may together be cheaper). ``carries``: paths of the modules whose outputs are all that what lies
     behind the exit needs, one tensor each; () is the output of ``at`` itself.
     """
 
@@ -67,7 +68,8 @@ class Plan:
     One stage and no decision is an ordinary model. With early exits there is still one module, the joint model that
     answers at every exit (``lissom.layers.exits``), and one decision an exit; export cuts it. ``recovery`` holds what
     techniques want of the training that follows (terms of ``lissom.training.methods.recovery``), ``notes`` what they
-    want the report to say. ``shape`` is one input's (C, H, W), () where nobody said.
+    want the report to say. ``shape`` is one input's (C, H, W), () where nobody said. ``members`` are the paths at which
+    the model holds whole networks, where it holds several: what a policy says of a network's module holds in each.
     """
 
     stages: tuple[nn.Module, ...]
@@ -76,6 +78,7 @@ class Plan:
     recovery: tuple[Any, ...] = ()
     notes: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
+    members: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, shape: tuple[int, ...] = ()) -> Plan:
@@ -95,4 +98,10 @@ class Plan:
         return replace(self, recovery=(*self.recovery, *terms))
 
     def with_precision(self, precision: Precision, *notes: str) -> Plan:
+        if self.members:
+            bits: dict[str, int] = {}
+            for path, number in precision.bits.items():
+                known = not path or path in self.precision.bits
+                bits |= dict.fromkeys([path] if known else [f"{member}.{path}" for member in self.members], number)
+            precision = replace(precision, bits=bits)
         return replace(self, precision=precision, notes=(*self.notes, *notes))

@@ -9,6 +9,9 @@ in the graph, and a higher one always means a surer answer. ``plan.json`` keeps 
 The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; ``null`` is an exit that is
 never taken.
 
+``difference`` is the best class's share less the second's, ``normalised_entropy`` minus the entropy over ln(classes),
+in [-1, 0]: the scores of cascades (Kinnas et al. 2025, arXiv 2412.01039), whose search and run time share them.
+
 The rules by which LGViT (Xu et al. 2023, arXiv 2308.00255) and its baselines read the exits' logits are here too, for
 analysis and as what graphs are checked against: ``confidence_exit``, ``entropy_exit``, ``patience_exit`` and
 ``patient_and_confident_exit``. The last two look at several exits at once, which no single comparison can.
@@ -30,14 +33,16 @@ __all__ = [
     "Decision",
     "confidence",
     "confidence_exit",
+    "difference",
     "entropy",
     "entropy_exit",
     "first_exit",
+    "normalised_entropy",
     "patience_exit",
     "patient_and_confident_exit",
 ]
 
-RULES = ("confidence", "entropy")
+RULES = ("confidence", "entropy", "difference", "normalised_entropy")
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,22 @@ def entropy(logits: np.ndarray) -> np.ndarray:
     shares = np.exp(logs)
     # A class at -inf has probability 0 and adds nothing, though 0 * -inf is no number.
     return -(shares * np.where(shares > 0, logs, 0.0)).sum(-1)
+
+
+def difference(logits: np.ndarray) -> np.ndarray:
+    """The best class's probability less the second best's: softmax of ``logits`` (..., classes), float64 (...) in
+    [0, 1]. Raises LissomError where there are fewer than two classes."""
+    shares = np.exp(_log_softmax(logits))
+    if shares.shape[-1] < 2:
+        raise LissomError(f"a difference is of two classes; the logits have the shape {shares.shape}")
+    second, best = np.moveaxis(np.partition(shares, -2, axis=-1)[..., -2:], -1, 0)
+    return best - second
+
+
+def normalised_entropy(logits: np.ndarray) -> np.ndarray:
+    """``entropy`` over that of no idea at all, ln(classes): float64 (...) in [0, 1]; 0 where there is one class."""
+    classes = np.shape(logits)[-1]
+    return entropy(logits) / math.log(classes) if classes > 1 else np.zeros(np.shape(logits)[:-1])
 
 
 def confidence_exit(logits: np.ndarray, threshold: float) -> np.ndarray:

@@ -6,8 +6,10 @@ NumPy and the artifact's runtime are enough; images also need Pillow.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from lissom.errors import LissomError
-from lissom.images import Preprocessing
+from lissom.images import Preprocessing, open_image
 from lissom.runtime.artifact import Artifact
 from lissom.runtime.backends import Answer, Stages
+from lissom.runtime.memory import Memory, Remembered
 
 __all__ = ["Prediction", "Predictor", "load"]
 
@@ -27,7 +30,8 @@ class Prediction:
     """What an artifact says of one image: the best class, its confidence (softmax), and the stage that answered.
 
     ``image`` names the image: its path, or ``image 3`` for the fourth that came without a name. ``ranking`` holds
-    (class name, confidence) of the best classes, best first.
+    (class name, confidence) of the best classes, best first. ``remembered``: the answer is that of an earlier image
+    with the same fingerprint (``lissom.runtime.memory``); no network ran.
     """
 
     image: str
@@ -36,28 +40,40 @@ class Prediction:
     confidence: float
     exit: int
     ranking: tuple[tuple[str, float], ...]
+    remembered: bool = False
 
 
-def load(artifact: str | Path, threads: int | None = None) -> Predictor:
+def load(artifact: str | Path, threads: int | None = None, memory: Memory | str | None = None) -> Predictor:
     """Open an artifact's folder for use, on ``threads`` threads (None: all that this process may use).
 
-    Raises LissomError where the folder is no artifact, was altered since its export, or its runtime is not installed.
+    ``memory`` ("exact", "dhash", "invariants", each perhaps with ":CAPACITY", or a ``Memory``) lets ``predict`` answer
+    images that it has seen before without running a network. Kinds other than exact can be wrong
+    (``lissom.runtime.memory.false_hits`` counts how often); without ``memory`` nothing is remembered.
+
+    Raises LissomError where the folder is no artifact, was altered since its export, or its runtime is not installed,
+    and where the memory holds another artifact's answers.
     """
     opened = Artifact.open(artifact)
     _verify(opened)
-    return Predictor(opened, threads)
+    return Predictor(opened, threads, memory)
 
 
 class Predictor:
-    """An opened artifact. ``classes`` are the names of its outputs, ``recipe`` is how it was made."""
+    """An opened artifact. ``classes`` are the names of its outputs, ``recipe`` is how it was made, ``memory`` what
+    ``predict`` remembers (None: nothing)."""
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None = None, memory: Memory | str | None = None) -> None:
         self.artifact = artifact
         self.classes: tuple[str, ...] = tuple(artifact.plan.get("classes") or ())
         self.recipe: str = artifact.plan.get("recipe", "")
         self._stages = Stages(artifact, threads)
         self._batch, *self._shape = artifact.input_shape
         self._preprocessing = _preprocessing(artifact)
+        self.memory = Memory.of(memory) if isinstance(memory, str) else memory
+        if self.memory is not None:
+            if self._preprocessing is None:
+                raise LissomError("a memory is of images, and the artifact was exported for tensors")
+            self.memory.bind(_hash_of_answers(artifact))
 
     @property
     def exits(self) -> int:
@@ -116,8 +132,8 @@ class Predictor:
                 f"{self.artifact.path} does not say how images become its inputs, because it was exported for tensors; "
                 "call it with float32 arrays"
             )
-        if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim not in (2, 3)):
-            raise LissomError(f"an image array is uint8 (H, W) or (H, W, C), not {image.dtype} {image.shape}")
+        if isinstance(image, np.ndarray):
+            _check_pixels(image)
         return self._preprocessing(image)
 
     def predict(self, images: Iterable[Any], top: int = 1) -> list[Prediction]:
@@ -128,15 +144,65 @@ class Predictor:
         predictions: list[Prediction] = []
         for chunk in _chunks(images, self._batch):
             names = [self._name(image, len(predictions) + i) for i, image in enumerate(chunk)]
+            if self.memory is not None:
+                predictions += self._remembered(chunk, names, self.memory, top)
+                continue
             inputs = []
             for name, image in zip(names, chunk, strict=True):
-                try:
+                with _named(name):
                     inputs.append(self.prepare(image))
-                except LissomError as error:
-                    raise LissomError(f"{name}: {error}") from error
             answers, stages = self.answer(np.stack(inputs))
             predictions += self.read(answers, names, top, stages)
         return predictions
+
+    def _remembered(self, images: list[Any], names: list[str], memory: Memory, top: int) -> list[Prediction]:
+        """The predictions of one batch, where the network runs only on images whose fingerprint is new."""
+        places: dict[bytes, list[int]] = {}
+        opened: dict[bytes, Any] = {}
+        for i, (name, image) in enumerate(zip(names, images, strict=True)):
+            with _named(name):
+                image, key = self._fingerprint(image, memory)
+            places.setdefault(key, []).append(i)
+            opened.setdefault(key, image)
+        known = {key: memory.get(key) for key in places}
+        new = [key for key, found in known.items() if found is None]
+        if new:
+            inputs = []
+            for key in new:
+                with _named(names[places[key][0]]):
+                    inputs.append(self.prepare(opened[key]))
+            answers, stages = self.answer(np.stack(inputs))
+            for key, row, stage in zip(new, answers[0] if isinstance(answers, list) else answers, stages, strict=True):
+                if row.ndim == 1:  # else ``read`` will say that these are no classes
+                    memory.put(key, row, int(stage))
+                known[key] = Remembered(row, int(stage))
+        ordered: dict[int, tuple[Remembered, bool]] = {}
+        for key, spots in places.items():
+            for number, i in enumerate(spots):
+                if number:
+                    memory.get(key)  # counts as a look-up
+                found = known[key]
+                assert found is not None
+                ordered[i] = found, number > 0 or key not in new
+        given = [ordered[i][0] for i in range(len(names))]
+        if len({r.answer.shape for r in given}) > 1:
+            raise LissomError(f"the memory {memory.file or ''} holds answers of another number of classes; delete it")
+        read = self.read(np.stack([r.answer for r in given]), names, top, np.array([r.stage for r in given], np.int64))
+        return [replace(prediction, remembered=ordered[i][1]) for i, prediction in enumerate(read)]
+
+    def _fingerprint(self, image: Any, memory: Memory) -> tuple[Any, bytes]:
+        """The image decoded, so that it is decoded once, and its key: that of its raw pixels in the artifact's colours,
+        before they are resized and normalised."""
+        from PIL import Image
+
+        if isinstance(image, bytes | str | Path):
+            image = open_image(image)
+        if isinstance(image, np.ndarray):
+            _check_pixels(image)
+            image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+        assert self._preprocessing is not None
+        pixels = np.asarray(image.convert("L" if self._preprocessing.channels == 1 else "RGB"))
+        return image, memory.key(pixels)
 
     def read(
         self, answers: Answer, names: list[str], top: int = 1, stages: np.ndarray | None = None
@@ -163,6 +229,26 @@ class Predictor:
     @staticmethod
     def _name(image: Any, index: int) -> str:
         return str(image) if isinstance(image, str | Path) else f"image {index}"
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts an image's name before what is wrong with it."""
+    try:
+        yield
+    except LissomError as error:
+        raise LissomError(f"{name}: {error}") from error
+
+
+def _check_pixels(image: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise LissomError(f"an image array is uint8 (H, W) or (H, W, C), not {image.dtype} {image.shape}")
+
+
+def _hash_of_answers(artifact: Artifact) -> str:
+    """What decides an artifact's answers to images: its graphs, its decisions, and how images become its inputs."""
+    how = json.dumps([artifact.digest, artifact.plan["input"]], sort_keys=True)
+    return hashlib.sha256(how.encode()).hexdigest()
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -72,6 +72,15 @@ class Technique:
         """This technique at some of its places alone: for those that stand at several, as exits do."""
         raise NotImplementedError(f"{self.name} has no places to choose from")
 
+    def members(self) -> Mapping[str, Any]:
+        """The recipes (``Recipe``) of the networks that this technique puts into one model, by the paths at which they
+        stand there; none for most."""
+        return {}
+
+    def code(self) -> tuple[str, ...]:
+        """What of its knobs names a user's own code, or something to be fetched: done only where the user said so."""
+        return ()
+
     def training_form(self, places: tuple[str, ...] = ()) -> Self | None:
         """This technique as its recovery is trained: recipes that differ only in knobs that training does not feel
         share one training. None: others are trained without it, and the weights fit with it. ``places``: paths of exits

@@ -1,7 +1,11 @@
 """Recipe: an ordered composition of techniques, written as text and saved as JSON.
 
 ``low_rank(keep=0.5) + early_exit(at=(4, 8)) + int8()``. The text is read with Python's own parser, as a sum of calls
-with literal arguments; nothing is executed. An argument may itself be a recipe, where a technique has members.
+with literal arguments; nothing is executed. An argument may itself be a recipe, where a technique has members:
+``cascade(first=(low_rank() + int8()), second=(int8()))``; ``()`` is the empty one.
+
+A recipe may name code of the user's (a network as ``file.py:function``). That is run where the user gave the recipe
+themselves, to ``Recipe.of``, and not where it stood in a file.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES, Technique
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "was_given"]
+
+_given: set[str] = set()  # code that the user's own recipes name
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Recipe:
     def of(cls, value: Recipe | str | Path) -> Recipe:
         """A recipe from a recipe, its text, or a JSON file (``{"recipe": text}``, as in result.json and plan.json)."""
         if isinstance(value, Recipe):
-            return value
+            return value._as_given()
         path = Path(value)
         if path.suffix == ".json":
             try:
@@ -65,10 +71,19 @@ class Recipe:
             if not isinstance(fields, dict) or not isinstance(fields.get("recipe"), str):
                 raise LissomError(f"{value} holds no field 'recipe' with a recipe's text")
             return cls.parse(fields["recipe"])
-        return cls.parse(str(value))
+        return cls.parse(str(value))._as_given()
+
+    def _as_given(self) -> Recipe:
+        for technique in self.techniques:
+            _given.update(technique.code())
+        return self
 
     def __str__(self) -> str:
         return " + ".join(str(t) for t in self.techniques)
+
+    def __repr__(self) -> str:
+        """As a member's recipe stands in another's text."""
+        return f"({self})"
 
     def __len__(self) -> int:
         return len(self.techniques)
@@ -89,6 +104,14 @@ class Recipe:
             for other in names:
                 if other in technique.refuses:
                     raise NotApplicable(f"{technique.name} with {other}: {technique.refuses[other]}")
+            for member in technique.members().values():
+                later = STAGES[STAGES.index(technique.stage) + 1 :]
+                around = [t.name for t in self.techniques if t.stage in later]
+                for inner in member.techniques:
+                    if inner.name in around:
+                        raise NotApplicable(
+                            f"{inner.name} stands in a member of {technique.name} and around it; once is enough"
+                        )
             technique.check(plan, target)
 
     def apply(self, plan: Plan, task: Task, target: Target) -> Plan:
@@ -113,26 +136,33 @@ def _technique(node: ast.expr) -> Technique:
     name = node.func.id
     kind: type[Technique] = load_part("technique", name)
     fields = [f.name for f in dataclasses.fields(kind)]
+    recipes = {f.name for f in dataclasses.fields(kind) if "Recipe" in str(f.type)}
     if node.args:
         raise LissomError(f"{name} takes its knobs by name: {', '.join(f'{f}=...' for f in fields) or 'it has none'}")
     knobs: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg not in fields:
             raise LissomError(f"{name} has no knob {keyword.arg!r}; it has: {', '.join(fields) or 'none'}")
-        knobs[keyword.arg] = _value(name, keyword)
+        knobs[keyword.arg] = _member(keyword.value) if keyword.arg in recipes else _value(name, keyword)
     try:
         return kind(**knobs)
     except (TypeError, ValueError) as error:
         raise LissomError(f"{name}: {error}") from error
 
 
+def _member(node: ast.expr) -> Recipe:
+    empty = isinstance(node, ast.Tuple) and not node.elts
+    return Recipe() if empty else Recipe(tuple(_sum(node)))
+
+
 def _value(name: str, keyword: ast.keyword) -> Any:
-    value = keyword.value
-    members = [n for n in ast.walk(value) if isinstance(n, ast.Call)]
-    if members:
-        return Recipe(tuple(_sum(value)))
     try:
-        found = ast.literal_eval(value)
+        found = ast.literal_eval(keyword.value)
     except ValueError as error:
-        raise LissomError(f"{name}({keyword.arg}={ast.unparse(value)}) is not a literal value") from error
+        raise LissomError(f"{name}({keyword.arg}={ast.unparse(keyword.value)}) is not a literal value") from error
     return tuple(found) if isinstance(found, list) else found
+
+
+def was_given(code: str) -> bool:
+    """Whether a recipe that the user gave themselves names this code (``Technique.code``)."""
+    return code in _given

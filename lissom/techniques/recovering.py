@@ -19,6 +19,7 @@ from lissom.layers.exits import exits_of
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES
+from lissom.techniques.cascade import Cascade
 from lissom.techniques.recipe import Recipe
 from lissom.training.loop import FitEvent, fit
 from lissom.training.methods.recovery import Answers, Recovery
@@ -59,6 +60,9 @@ class Recoverer:
 
         Raises NotApplicable where there is nothing to train on.
         """
+        cascade = next((t for t in recipe.techniques if isinstance(t, Cascade)), None)
+        if cascade is not None:
+            return self._members(recipe, cascade, plan)
         if not plan.recovery:
             return plan
         if self.task.fit is None or len(self.task.fit) == 0:
@@ -76,6 +80,27 @@ class Recoverer:
         else:
             self._train(trained, path, self.folder / name, int(name[:7], 16))
         return plan.with_model(adopt(plan.model, trained.model))
+
+    def _members(self, recipe: Recipe, cascade: Cascade, plan: Plan) -> Plan:
+        """Each member as its own recipe is trained, once for all recipes that have it; then their temperatures."""
+        model = copy.deepcopy(plan.model)
+        before = [t for t in recipe.techniques if STAGES.index(t.stage) < STAGES.index(cascade.stage)]
+        for path, member in cascade.members().items():
+            source = cascade.source(path)
+            original = cascade.original(path, self.plan)
+            own = member if source else Recipe((*before, *member.techniques))
+            trained = self._of(original, source).recover(own, own.apply(original, self.task, self.target))
+            model.get_submodule(path).load_state_dict(trained.model.state_dict())
+        return cascade.tempered(plan.with_model(model.eval()), self.task, self.seed)
+
+    def _of(self, original: Plan, source: str) -> Recoverer:
+        """This one, or one for another network, whose weights lie in a folder of their own."""
+        if not source:
+            return self
+        other = copy.copy(self)
+        other.plan = original
+        other.folder = self.folder / hashlib.sha256(source.encode()).hexdigest()[:16]
+        return other
 
     def _train(self, plan: Plan, path: Path, folder: Path, seed: int) -> None:
         model = plan.model

@@ -52,6 +52,32 @@ def test_predict_goes_on_past_what_it_cannot_read(tmp_path: Path, make, capsys: 
     assert ["error" in row for row in json.loads(capsys.readouterr().out)] == [False, True, True, False]
 
 
+def test_predict_with_a_memory(tmp_path: Path, make, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    artifact, images = str(make(preprocessing=PREPARED).path), photographs(tmp_path)
+    for kind in ("ant", "bee"):
+        (tmp_path / "data" / "val" / kind).mkdir(parents=True)
+        photographs(tmp_path / "data" / "val" / kind)
+    options = ["--memory", "dhash:100", "--memory-file", str(tmp_path / "seen"), "--threads", "1"]
+    check = ["--memory-check", str(tmp_path / "data")]
+    assert main(["predict", artifact, *images, images[0], *options, *check]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.endswith("(seen before)") for line in lines] == [False, False, True]
+    assert lines[2].startswith(lines[0])
+    assert "memory dhash: 2 of 4 labelled images would be answered from memory, 2 of them with the label of an" in err
+    assert main(["predict", artifact, images[1], *options, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["remembered"] is True
+    for arguments, words in (
+        (["--memory", "phash"], "no memory is called 'phash'"),
+        (["--memory-file", "f"], "give --memory kind too"),
+        (["--memory", "exact", *options[2:4]], "is a memory of kind dhash"),
+        (["--memory", "exact", "--memory-check", str(tmp_path / "none")], "there is no folder"),
+    ):
+        assert main(["predict", artifact, images[0], *arguments, "--threads", "1"]) == 2
+        assert words in capsys.readouterr().err.lower()
+
+
 def test_measure_prints_a_table_or_json(make, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     one, two = str(make("one").path), str(make("two", convolutions=1).path)
     assert main(["measure", one, two, "--threads", "1", "--seconds", "0.01", "--json"]) == 0
