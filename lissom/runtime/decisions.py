@@ -6,8 +6,9 @@ in the graph, and a higher one always means a surer answer. ``plan.json`` keeps 
     [{"rule": "confidence", "threshold": 0.87}, {"rule": "entropy", "threshold": -0.41},
      {"rule": "confidence", "threshold": null}]
 
-The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; ``null`` is an exit that is
-never taken.
+The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; that of ``similarity`` is the
+cosine of a block's output and its input (MuE, Tang et al. 2023, arXiv 2211.11152). ``null`` is an exit that is never
+taken.
 
 The rules by which LGViT (Xu et al. 2023, arXiv 2308.00255) and its baselines read the exits' logits are here too, for
 analysis and as what graphs are checked against: ``confidence_exit``, ``entropy_exit``, ``patience_exit`` and
@@ -35,9 +36,10 @@ __all__ = [
     "first_exit",
     "patience_exit",
     "patient_and_confident_exit",
+    "similarity",
 ]
 
-RULES = ("confidence", "entropy")
+RULES = ("confidence", "entropy", "similarity")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ def entropy(logits: np.ndarray) -> np.ndarray:
     shares = np.exp(logs)
     # A class at -inf has probability 0 and adds nothing, though 0 * -inf is no number.
     return -(shares * np.where(shares > 0, logs, 0.0)).sum(-1)
+
+
+def similarity(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The cosine of each sample's two tensors (N, ...), flattened: float64 (N,) in [-1, 1]; 0 where one is all zeros."""
+    a, b = (np.asarray(t, dtype=np.float64).reshape(len(t), -1) for t in (before, after))
+    norms = np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))
+    return np.clip((a * b).sum(1) / np.where(norms > 0, norms, 1.0), -1, 1)
 
 
 def confidence_exit(logits: np.ndarray, threshold: float) -> np.ndarray:
