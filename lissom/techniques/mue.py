@@ -181,7 +181,8 @@ def _stack(model: nn.Module, shape: tuple[int, ...]) -> _Found:
 
 def _candidates(model: nn.Module, shape: tuple[int, ...]) -> list[_Found]:
     found = []
-    for stack in block_stacks(model, torch.zeros(1, *shape)):
+    device = next((p.device for p in model.parameters()), None)
+    for stack in block_stacks(model, torch.zeros(1, *shape, device=device)):
         try:
             found.append(_Found(stack, tuple(check_cut(model, shape, path).done for path in stack.paths)))
         except NotApplicable:
