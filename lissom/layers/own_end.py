@@ -119,7 +119,9 @@ def _runs(
         fits = name in calls and calls[name].shape is not None
         if fits and run:
             last, here = calls[run[-1]], calls[name]
-            fits = last.shape == here.shape and last.ended < here.begun and type(modules[name]) is type(modules[run[-1]])
+            fits = (
+                last.shape == here.shape and last.ended < here.begun and type(modules[name]) is type(modules[run[-1]])
+            )
             if not fits and len(run) > 1:
                 yield number - len(run), run
             run = [*run, name] if fits else [name]
@@ -130,10 +132,8 @@ def _runs(
 
 
 def _before(calls: Mapping[str, _Call], begun: int) -> tuple[str, ...]:
-    done = {path for path, call in calls.items() if path and 0 <= call.ended < begun}
-    return tuple(
-        path for path in done if not any(path[:i] in done for i, letter in enumerate(path) if letter == ".")
-    )
+    done = [path for path, call in calls.items() if path and 0 <= call.ended < begun]
+    return tuple(p for p in done if not any(p.startswith(f"{other}.") for other in done))
 
 
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -174,7 +174,7 @@ def _silent(
     """Within it no hook runs, modules before the stack answer what they answered, blocks hand on their input, and the
     last block answers ``h``."""
     modules = dict(model.named_modules())
-    forwards: dict[str, Callable[..., Any]] = {path: _first_of for path in stack.paths[:-1]}
+    forwards: dict[str, Callable[..., Any]] = dict.fromkeys(stack.paths[:-1], _first_of)
     forwards[stack.paths[-1]] = lambda *args, **kwargs: h
     for path, outputs in answered.items():
         forwards[path] = _again(outputs, modules[path].forward)

@@ -34,7 +34,9 @@ def similarity(
     float32 are summed up in float32. Raises ValueError where shapes do not fit or ``over`` is none of the three.
     """
     if before.shape != after.shape:
-        raise ValueError(f"a similarity is of two tensors of one shape, not {tuple(before.shape)}, {tuple(after.shape)}")
+        raise ValueError(
+            f"a similarity is of two tensors of one shape, not {tuple(before.shape)}, {tuple(after.shape)}"
+        )
     if over not in OVER:
         raise ValueError(f"over is one of {', '.join(OVER)}, not {over!r}")
     if before.dtype in (torch.float16, torch.bfloat16):

@@ -45,6 +45,10 @@ SHARES = (*np.linspace(0, 0.9, 19), 0.95, 0.98, 0.99, 1.0)  # thresholds of the 
 SHOWN = (0.97, 0.9, 0.8)  # thresholds in the table
 LAST, EACH = "loss on the last layer", "layer-wise loss"
 JOINT, APART = "question, encoded together", "question, encoded apart"
+# Of each arm: whether it has the layer-wise loss, whether it is asked a question, whether that is encoded apart.
+ARMS = {
+    LAST: (False, False, True), EACH: (True, False, True), JOINT: (True, True, False), APART: (True, True, True),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm layer: self-attention, attention to an encoder's output where it is a decoder's, and two linear ones."""
+    """A pre-norm layer: self-attention, in a decoder attention to the encoder's output, and two linear layers."""
 
     def __init__(self, dim: int, decoder: bool) -> None:
         super().__init__()
@@ -321,9 +325,7 @@ def mue(settings: Settings) -> ProofResult:
     sizes: dict[str, int] = {}
     for seed in settings.seeds:
         sample = _sample(held_out, scale.judged, scale.digits, generator(seed, 1))
-        for name, each, question, apart in (
-            (LAST, False, False, True), (EACH, True, False, True), (JOINT, True, True, False), (APART, True, True, True),
-        ):  # fmt: skip
+        for name, (each, question, apart) in ARMS.items():
 
             def make(question: bool = question, apart: bool = apart) -> Reader:
                 return Reader(scale.digits, scale.encoder, scale.decoder, scale.dim, question, apart)
@@ -360,8 +362,8 @@ def _judged(scale: _Scale, found: Mapping[str, Sequence[Mapping[str, Any]]], siz
             f"{len(ahead)} seeds",
         ),
         no_worse(
-            f"With the layer-wise loss, decoder exits at {at:g} of {depth} layers cost less than 1 point (the paper: 99 % "
-            "of the accuracy at half of the time).",
+            f"With the layer-wise loss, decoder exits at {at:g} of {depth} layers cost less than 1 point (the paper: "
+            "99 % of the accuracy at half of the time).",
             each, full(EACH), margin=1.0,
         ),
         no_worse(
@@ -415,8 +417,8 @@ def _rows(scale: _Scale, found: Mapping[str, Sequence[Mapping[str, Any]]], sizes
                 values = [f[what].at(tau) for f in looked]
                 row(arm, f"{what} threshold {tau:g}", values, **{name: _mean(v[1] for v in values)})
         values = [f["both"] for f in looked]
-        row(arm, "encoder .9, decoder .8", values,
-            **{"encoder layers": _mean(v[1] for v in values), "decoder layers": _mean(v[2] for v in values)})  # fmt: skip
+        ran = {f"{part} layers": _mean(v[i] for v in values) for i, part in ((1, "encoder"), (2, "decoder"))}
+        row(arm, "encoder .9, decoder .8", values, **ran)
         values = [(f["confidence"].when(scale.equal),) for f in looked]
         row(arm, "confidence", values, **{"decoder layers": scale.equal})
         for what in ("generated", "scheduled"):

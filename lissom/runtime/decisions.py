@@ -123,7 +123,7 @@ def entropy(logits: np.ndarray) -> np.ndarray:
 
 
 def similarity(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The cosine of each sample's two tensors (N, ...), flattened: float64 (N,) in [-1, 1]; 0 where one is all zeros."""
+    """The cosine of each sample's two tensors (N, ...), flattened: float64 (N,) in [-1, 1]; 0 beside all zeros."""
     a, b = (np.asarray(t, dtype=np.float64).reshape(len(t), -1) for t in (before, after))
     norms = np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))
     return np.clip((a * b).sum(1) / np.where(norms > 0, norms, 1.0), -1, 1)

@@ -49,10 +49,17 @@ class _Found:
     done: tuple[float, ...]
 
     @property
+    def end(self) -> float:
+        """The share of the operations behind the last block."""
+        return 1 - self.done[-1]
+
+    @property
     def sensible(self) -> list[str]:
-        """The blocks behind which a search looks: all but the last where none lies between the two shares."""
-        ahead = self.stack.paths[:-1]
-        return [p for p, done in zip(ahead, self.done, strict=False) if FROM <= done <= UNTIL] or list(ahead)
+        """The blocks behind which a search looks: those where leaving saves more than running the end again costs,
+        of these the ones between the two shares, or all where there is none."""
+        ahead = zip(self.stack.paths[:-1], self.done, strict=False)
+        saving = {path: done for path, done in ahead if self.done[-1] - done > self.end}
+        return [path for path, done in saving.items() if FROM <= done <= UNTIL] or list(saving)
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], _Found | None]] = weakref.WeakKeyDictionary()
@@ -175,6 +182,12 @@ def _stack(model: nn.Module, shape: tuple[int, ...]) -> _Found:
         raise NotApplicable(
             "similarity_exit needs two or more blocks of one kind in a list, which keep the shape of what they hand on "
             f"and which everything goes through, as a vision transformer's; {type(model).__name__} has none"
+        )
+    if not found.sensible:
+        first, last = found.stack.paths[0], found.stack.paths[-1]
+        raise NotApplicable(
+            f"behind the last blocks that keep their shape, {first} to {last}, lie {found.end:.0%} of the model's "
+            "operations: to run that once more for an exit costs more than the blocks left out would save"
         )
     return found
 

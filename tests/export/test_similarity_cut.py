@@ -55,9 +55,11 @@ def task(count: int = 16, seed: int = 0) -> Task:
 
 RECIPES = {
     "blocks in a row": (SimilarityExit(at=(1, 2, 3)),),
-    "low rank and clustered tokens": (LowRank(ratio=2.0), ClusterTokens(after=2, grid=(2, 3)), SimilarityExit(at=(1, 2))),
-}
-INT8 = [Int8(model_type=kind, linear=linear, products=8) for kind, linear in (("plain", "matmul"), ("transformer", "conv"))]
+    "low rank and clustered tokens": (
+        LowRank(ratio=2.0), ClusterTokens(after=2, grid=(2, 3)), SimilarityExit(at=(1, 2)),
+    ),
+}  # fmt: skip
+INT8 = [Int8(model_type=m, linear=form, products=8) for m, form in (("plain", "matmul"), ("transformer", "conv"))]
 CASES = [pytest.param(name, None, id=name) for name in RECIPES] + [
     pytest.param(name, number, id=f"{name}, int8 {number}", marks=pytest.mark.full)
     for name in RECIPES

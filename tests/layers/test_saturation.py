@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def replay(states: torch.Tensor):  # type: ignore[no-untyped-def]
 def test_similarities_and_executed_layers_are_the_published_ones(cases):
     for case in cases["similarity_exit"]:
         states = torch.tensor(case["states"], dtype=torch.float64)
-        found = [float(similarity(a, b, over="batch")) for a, b in zip(states[:-1], states[1:], strict=True)]
+        found = [float(similarity(a, b, over="batch")) for a, b in pairwise(states)]
         assert found == pytest.approx(case["similarities"], rel=1e-9)
         # One sample alone is the published batch of one; and the runtime's own NumPy says the same.
         alone = similarity(states[:-1], states[1:])

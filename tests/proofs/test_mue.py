@@ -119,9 +119,7 @@ def test_confidence_leaves_at_the_first_sure_layer():
     h, executed = confident_exit(model.layers(memory), start, model.answer, threshold)
     assert torch.equal(executed == 1, shares[0] > threshold)
     assert confident_exit(model.layers(memory), start, model.answer, 1.0)[1].tolist() == [[5] * 4] * 6
-    torch.testing.assert_close(
-        model.answer(h).softmax(-1).amax(-1)[executed == 1], shares[0][executed == 1]
-    )
+    torch.testing.assert_close(model.answer(h).softmax(-1).amax(-1)[executed == 1], shares[0][executed == 1])
 
 
 def test_curves_are_read_at_layers_between_thresholds():

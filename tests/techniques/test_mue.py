@@ -110,9 +110,12 @@ def test_what_is_refused(plan):
     with pytest.raises(NotApplicable, match="for classification"):
         SimilarityExit().apply(plan, replace(of, kind="segmentation"))
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
-    with pytest.raises(NotApplicable, match="two or more blocks of one kind.*Sequential has none"):
+    with pytest.raises(NotApplicable, match=r"two or more blocks of one kind.*Sequential has none"):
         SimilarityExit().apply(Plan.of(flat, SHAPE), of)
     assert places(flat, SHAPE) == ()
+    resnet = timm.create_model("resnet18", num_classes=4).eval()
+    with pytest.raises(NotApplicable, match=r"layer1\.0 to layer1\.1, lie \d\d% of the model's operations"):
+        SimilarityExit().apply(Plan.of(resnet, SHAPE), of)
     for wrong in ({"at": "blocks.1"}, {"at": ()}, {"at": (True,)}, {"risk": 0}, {"risk": 100}, {"train": 1}):
         with pytest.raises(ValueError, match=r"at is|risk is|train is"):
             SimilarityExit(**wrong)

@@ -103,6 +103,8 @@ class LayerwiseAnswers(Term):
         self, model: nn.Module, student: Seen, teacher: Seen, targets: torch.Tensor | None, task: Task
     ) -> torch.Tensor:
         if len(student.answers) < 2:
-            raise LissomError("the layer-wise loss trains a model that answers at several depths; this one answers once")
+            raise LissomError(
+                "the layer-wise loss trains a model that answers at several depths; this one answers once"
+            )
         labels = teacher.answer.argmax(1) if targets is None else targets
         return layerwise_losses(student.answers, labels, self.label_smoothing).sum()
