@@ -179,21 +179,21 @@ def _silent(
     for path, outputs in answered.items():
         forwards[path] = _again(outputs, modules[path].forward)
     hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules.values()]
-    own = {path: vars(modules[path]).get("forward") for path in forwards}
+    # A forward of the module's own, beside its class's, stands in its dict; ours stands there meanwhile.
+    own = {path: modules[path].__dict__.get("forward") for path in forwards}
     try:
         for module, *_ in hooks:
             module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
         for path, forward in forwards.items():
-            vars(modules[path])["forward"] = forward
+            modules[path].__dict__["forward"] = forward
         yield
     finally:
-        for path, forward in own.items():
-            if forward is None:
-                del vars(modules[path])["forward"]
-            else:
-                vars(modules[path])["forward"] = forward
-        for module, before, behind in hooks:
-            module._forward_pre_hooks, module._forward_hooks = before, behind
+        for path, before in own.items():
+            modules[path].__dict__.pop("forward", None)
+            if before is not None:
+                modules[path].__dict__["forward"] = before
+        for module, ahead, behind in hooks:
+            module._forward_pre_hooks, module._forward_hooks = ahead, behind
 
 
 def _first_of(*args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from lissom.proofs.arms import generator
 from lissom.proofs.base import INCONCLUSIVE, NOT_SHOWN, SHOWS, ProofResult, run_proof
 from lissom.proofs.mue import APART, EACH, JOINT, LAST, Reader, _Curve, _judged, _sample, confident_exit
 
-TINY = replace(mue.QUICK, steps=2, batch=4, judged=6, dim=16)
+TINY = replace(mue.QUICK, steps=2, batch=4, judged=6, dim=16, arms=mue.FULL.arms)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,7 @@ def test_verdicts_follow_the_figures():
     plain = [figures(70 + d, 95 + d) for d in wobble]
     each = [figures(93.8 + d, 94 + d) for d in wobble]
     assert verdicts(plain, each) == [SHOWS, SHOWS, SHOWS, NOT_SHOWN, SHOWS, SHOWS, SHOWS]
+    assert len(_judged(mue.QUICK, {LAST: plain, EACH: each}, {LAST: 1, EACH: 1}).claims) == 6
     worse = [figures(75 + d, 90 + d) for d in wobble]
     assert verdicts(plain, worse)[:3] == [NOT_SHOWN] * 3
     mixed = [figures(70 + d, 94) for d in (0, 20, 40)]
