@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +17,12 @@ from torch.nn import functional
 
 from lissom.errors import LissomError
 from lissom.export.plan import Exit, Plan
-from lissom.runtime.decisions import RULES
+from lissom.layers.own_end import first_argument
+from lissom.layers.saturation import Similarity
 
 __all__ = ["Joint", "JointOutputs", "joint_of"]
+
+OF_LOGITS = ("confidence", "entropy", "difference", "normalised_entropy")  # rules whose score reads the answer alone
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,16 @@ class Joint(nn.Module):
     """``model`` (with exits attached) as one function of the input: K + 1 answers, K scores (B,), and what else K
     boundaries hold (``JointOutputs``).
 
-    Modules of the model have the prefix ``model.`` here; the scores are computed under ``score``.
+    Modules of the model have the prefix ``model.`` here; the scores are computed under ``score``, of an exit's answer,
+    or, by similarity, of what its module takes and gives.
     """
 
     def __init__(self, model: nn.Module, exits: Sequence[Exit]) -> None:
         super().__init__()
         self.model = model
         self.outputs = JointOutputs.of(exits)
-        self.score = nn.ModuleList(Score(e.rule) for e in exits)
+        self.score = nn.ModuleList(Similarity() if e.rule == "similarity" else Score(e.rule) for e in exits)
+        self.compared = tuple(e.at if e.rule == "similarity" else "" for e in exits)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         carried: dict[str, torch.Tensor] = {}
@@ -84,23 +90,32 @@ class Joint(nn.Module):
                 carried[path] = output
 
             handles.append(self.model.get_submodule(path).register_forward_hook(keep))
+        turned: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for path in filter(None, self.compared):
+
+            def compare(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, path: str = path) -> None:
+                turned[path] = first_argument(args, kwargs), output
+
+            handles.append(self.model.get_submodule(path).register_forward_hook(compare, with_kwargs=True))
         try:
             answers = self.model(x)
         finally:
             for handle in handles:
                 handle.remove()
-        scores = [score(answer) for score, answer in zip(self.score, answers, strict=False)]
+        read = [turned[path] if path else (answer,) for path, answer in zip(self.compared, answers, strict=False)]
+        scores = [score(*tensors) for score, tensors in zip(self.score, read, strict=True)]
         return (*answers, *scores, *(carried[path] for path in self.outputs.paths))
 
 
 class Score(nn.Module):
     """Logits (B, classes) -> (B,), higher where the answer is surer: the largest softmax share (confidence), that less
-    the second largest (difference), or minus the softmax's entropy, in nats or over ln(classes)."""
+    the second largest (difference), or minus the softmax's entropy, in nats or over ln(classes). The score of
+    ``similarity`` reads no logits (``lissom.layers.saturation``)."""
 
     def __init__(self, rule: str) -> None:
         super().__init__()
-        if rule not in RULES:
-            raise LissomError(f"an exit's rule is {' or '.join(RULES)}, not {rule!r}")
+        if rule not in OF_LOGITS:
+            raise LissomError(f"a score of logits is by {', '.join(OF_LOGITS)}, not {rule!r}")
         self.rule = rule
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:

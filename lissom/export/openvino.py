@@ -21,7 +21,7 @@ from lissom.export.capture import capture, module_paths
 from lissom.export.exporting import Exported
 from lissom.export.joint import JointOutputs, joint_of
 from lissom.export.linear_as_conv import linear_as_conv
-from lissom.export.openvino_cut import cut_graph
+from lissom.export.openvino_cut import cut_graph, unshare_weights
 from lissom.export.plan import Plan, Precision
 from lissom.export.telemetry import quiet
 from lissom.registry import register
@@ -62,6 +62,8 @@ def joint_graph(
     precision = plan.precision
     converted, nodes = _convert(plan, shape, target.batch)
     graph = converted.clone()
+    if plan.decisions:
+        unshare_weights(graph)
     if precision.options.get("linear") == "conv":
         inside = precision.options.get("linear_in") or ("",)
         linear_as_conv(graph, lambda name: nodes.get(name.partition("/")[0], "").startswith(tuple(inside)))

@@ -7,7 +7,7 @@ from typing import Any
 from lissom.errors import NotApplicable
 from lissom.export.joint import JointOutputs
 
-__all__ = ["cut_graph"]
+__all__ = ["cut_graph", "unshare_weights"]
 
 
 def cut_graph(graph: Any, outputs: JointOutputs) -> list[Any]:
@@ -45,6 +45,26 @@ def _stage(graph: Any, stage: int, outputs: JointOutputs) -> Any:
             parameters.append(parameter)
         _check_alone(wanted, graph.get_parameters(), stage)
     return ov.Model([result.input_value(0) for result in wanted], parameters, f"stage{stage}")
+
+
+def unshare_weights(graph: Any) -> None:
+    """Give every consumer of a float32 weight a constant of its own, in place.
+
+    Exits that answer by the model's own end share its weights. A quantised weight that several layers read is scaled
+    back in another order than one that a single layer reads, so that the last bit of an answer would depend on which
+    other exits stand in the graph, and the stages would differ from it.
+    """
+    from openvino import opset13 as op
+
+    for node in graph.get_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() != "f32":
+            continue
+        if len(node.get_output_shape(0)) < 2:
+            continue
+        for number, consumer in enumerate(list(node.output(0).get_target_inputs())[1:], 1):
+            copy = op.constant(node.data.copy())
+            copy.set_friendly_name(f"{node.get_friendly_name()}_{number}")
+            consumer.replace_source_output(copy.output(0))
 
 
 def _unquantised(result: Any) -> Any:

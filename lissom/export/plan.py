@@ -38,13 +38,15 @@ class Precision:
 class Exit:
     """An early exit: behind the module ``at`` (its path) the model may answer already.
 
-    ``rule``: "confidence" (the largest softmax share is above a threshold), "entropy" (the softmax's entropy in nats
-    is below one), or another of ``lissom.runtime.decisions.RULES``. ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
-    with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds). ``cost``: operations done
-    when this exit has answered, as a share of those of the model without exits; ``heads`` is the part of them that
-    this exit's head and those before it did; the last exit's say what running to the end costs more than the model
-    without exits (less, below 0: a cascade's members may together be cheaper). ``carries``: paths of the modules whose outputs are all that what lies
-    behind the exit needs, one tensor each; () is the output of ``at`` itself.
+    ``rule``: "confidence" (the largest softmax share is above a threshold), "entropy" (the softmax's entropy in nats is
+    below one), "similarity" (the cosine of what ``at`` takes and what it gives is above one, whatever the answer), or
+    another of ``lissom.runtime.decisions.RULES``. ``risk``: points of quality that all the exits of a plan together may
+    cost, a promise that holds with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds).
+    ``cost``: operations done when this exit has answered, as a share of those of the model without exits; ``heads`` is
+    the part of them that this exit's head and those before it did; the last exit's say what running to the end costs
+    more than the model without exits (less, below 0: a cascade's members may together be cheaper). ``carries``: paths
+    of the modules whose outputs are all that what lies behind the exit needs, one tensor each; () is the output of
+    ``at`` itself.
     """
 
     at: str

@@ -20,7 +20,7 @@ from torch import nn
 
 from lissom.errors import LissomError
 
-__all__ = ["Exits", "OwnExit", "attach_exits", "attach_own_exits", "exits_of", "own_exits", "remove_exits"]
+__all__ = ["ExitHook", "Exits", "OwnExit", "attach_exits", "attach_own_exits", "exits_of", "own_exits", "remove_exits"]
 
 NAME = "exits"
 
@@ -70,7 +70,12 @@ class Exits(nn.Module):
         return Exits(chosen, [self.heads[self.positions.index(p)] for p in chosen], self.detached)
 
 
-class _Start:
+class ExitHook:
+    """What exits register on modules of a model; ``remove_exits`` takes all of it off again. Hooks are classes, so that
+    a copy of the model has hooks of its own."""
+
+
+class _Start(ExitHook):
     """Hook before the model's forward pass: what is left of a pass that failed, or of a module run alone, is gone."""
 
     def __init__(self, exits: Exits) -> None:
@@ -80,8 +85,8 @@ class _Start:
         self.exits.seen.clear()
 
 
-class _Look:
-    """Forward hook of a module that an exit reads. A class, so that a copy of the model has hooks of its own."""
+class _Look(ExitHook):
+    """Forward hook of a module that an exit reads."""
 
     def __init__(self, exits: Exits, index: int) -> None:
         self.exits, self.index = exits, index
@@ -92,7 +97,7 @@ class _Look:
         self.exits.seen[self.index] = output
 
 
-class _Answer:
+class _Answer(ExitHook):
     """Forward hook of the model: its answer becomes that of every exit and its own. Of a model that answers with a
     tuple itself, as some do in training, the last is its own."""
 
@@ -161,7 +166,7 @@ def remove_exits(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, _Start | _Look | _Answer):
+                if isinstance(hook, ExitHook):
                     del hooks[key]
     delattr(model, NAME)
     return model

@@ -6,8 +6,9 @@ in the graph, and a higher one always means a surer answer. ``plan.json`` keeps 
     [{"rule": "confidence", "threshold": 0.87}, {"rule": "entropy", "threshold": -0.41},
      {"rule": "confidence", "threshold": null}]
 
-The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; ``null`` is an exit that is
-never taken.
+The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; that of ``similarity`` is the
+cosine of a block's output and its input (MuE, Tang et al. 2023, arXiv 2211.11152). ``null`` is an exit that is never
+taken.
 
 ``difference`` is the best class's share less the second's, ``normalised_entropy`` minus the entropy over ln(classes),
 in [-1, 0]: the scores of cascades (Kinnas et al. 2025, arXiv 2412.01039), whose search and run time share them.
@@ -40,9 +41,10 @@ __all__ = [
     "normalised_entropy",
     "patience_exit",
     "patient_and_confident_exit",
+    "similarity",
 ]
 
-RULES = ("confidence", "entropy", "difference", "normalised_entropy")
+RULES = ("confidence", "entropy", "difference", "normalised_entropy", "similarity")
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,13 @@ def normalised_entropy(logits: np.ndarray) -> np.ndarray:
     """``entropy`` over that of no idea at all, ln(classes): float64 (...) in [0, 1]; 0 where there is one class."""
     classes = np.shape(logits)[-1]
     return entropy(logits) / math.log(classes) if classes > 1 else np.zeros(np.shape(logits)[:-1])
+
+
+def similarity(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The cosine of each sample's two tensors (N, ...), flattened: float64 (N,) in [-1, 1]; 0 beside all zeros."""
+    a, b = (np.asarray(t, dtype=np.float64).reshape(len(t), -1) for t in (before, after))
+    norms = np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))
+    return np.clip((a * b).sum(1) / np.where(norms > 0, norms, 1.0), -1, 1)
 
 
 def confidence_exit(logits: np.ndarray, threshold: float) -> np.ndarray:

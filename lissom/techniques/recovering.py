@@ -149,6 +149,8 @@ def adopt(model: nn.Module, trained: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     own, given = exits_of(model), exits_of(trained)
     state = {k: v for k, v in trained.state_dict().items() if not k.startswith("exits.heads.") or given is None}
+    if own is not None and given is None:  # exits without anything to train stand on weights trained without them
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith("exits.")}
     if own is not None and given is not None:
         for i, position in enumerate(own.positions):
             head = given.heads[given.positions.index(position)]
