@@ -78,11 +78,12 @@ def _checked(memory: str, source: str) -> str:
     split = next((s for s in (data.val, data.test, data.train) if isinstance(s, Images) and s.labels is not None), None)
     if split is None or split.labels is None:
         raise LissomError(f"--memory-check {source} holds no images with labels")
+    labels = split.labels
     with Memory.of(memory) as made:
         kind, capacity = made.kind, made.capacity
 
     def labelled() -> Iterator[tuple[np.ndarray, int]]:
-        for i, label in enumerate(split.labels):
+        for i, label in enumerate(labels):
             try:
                 image: Any = split.open(i)
             except LissomError:  # a broken image has no fingerprint either

@@ -26,7 +26,16 @@ from torch import nn
 from lissom.data.sources import DataSet
 from lissom.data.splits import ArraySplit, Images
 from lissom.export.capture import run_eager
-from lissom.export.cascades import Pair, Threshold, best_pair, complementarity, find_threshold, fit_temperature, run_cascade
+from lissom.export.cascades import (
+    TOLERANCE,
+    Pair,
+    Threshold,
+    best_pair,
+    complementarity,
+    find_threshold,
+    fit_temperature,
+    run_cascade,
+)
 from lissom.meters.costs import total
 from lissom.proofs.arms import better, built, data_set, forward_call, interleaved, no_worse, spread
 from lissom.proofs.base import NOT_SHOWN, SHOWS, Claim, ProofResult, Row, Settings, verdict_by_interval
@@ -202,7 +211,8 @@ def _trained(make: Callable[[], nn.Module], task: Task, version: _Version, seed:
 
 def _answers(model: nn.Module, data: _Data) -> _Answers:
     logits = {
-        name: run_eager(model, torch.from_numpy(_inputs(data.pixels[name])), 250).numpy() for name in ("choose", "report")
+        name: run_eager(model, torch.from_numpy(_inputs(data.pixels[name])), 250).numpy()
+        for name in ("choose", "report")
     }
     right = {name: values.argmax(1) == data.labels[name] for name, values in logits.items()}
     temperature = fit_temperature(logits["choose"], data.labels["choose"])
@@ -224,12 +234,13 @@ def _cascade(first: _Answers, second: _Answers, way: str) -> _Cascade:
     """Threshold on ``choose``, figures on ``report``."""
     postcheck, calibrated = way != "no post-check", way != "published"
     grid = np.linspace(0, 1, 2000) if way == "published" else None
-    scores = {split: [member.score(split, calibrated) for member in (first, second)] for split in ("choose", "report")}
+    a, b = (member.score("choose", calibrated) for member in (first, second))
     found: Threshold = find_threshold(
-        *scores["choose"], first.right["choose"], second.right["choose"], postcheck=postcheck, grid=grid,
-        **({"tolerance": 0.0} if way == "published" else {}),
+        a, b, first.right["choose"], second.right["choose"], postcheck=postcheck, grid=grid,
+        tolerance=0.0 if way == "published" else TOLERANCE,
     )  # fmt: skip
-    takes, called = run_cascade(*scores["report"], found.value, postcheck)
+    a, b = (member.score("report", calibrated) for member in (first, second))
+    takes, called = run_cascade(a, b, found.value, postcheck)
     right = np.where(takes, second.right["report"], first.right["report"])
     calls = float(called.mean())
     return _Cascade(100 * float(right.mean()), calls, first.macs + calls * second.macs, found.value)
@@ -292,7 +303,11 @@ def _remembered(data: _Data, answers: np.ndarray) -> dict[str, float]:
                 memory.put(key, answers[i], 0)
             same += found is None or bool((found.answer == answers[i]).all())
     rates = {kind: 100 * false_hits(zip(images, labels, strict=True), kind).false_rate for kind in KINDS}
-    return {"ran": ran / len(stream), "same": same / len(stream), **{f"{kind} false": rate for kind, rate in rates.items()}}
+    return {
+        "ran": ran / len(stream),
+        "same": same / len(stream),
+        **{f"{kind} false": rate for kind, rate in rates.items()},
+    }
 
 
 def _times(data: _Data, models: Mapping[str, nn.Module], pair: tuple[str, str], rounds: int) -> dict[str, list[float]]:
@@ -360,26 +375,31 @@ def _judged(data: str, found: Sequence[Mapping[str, Any]]) -> ProofResult:
             "The cascade of the most complementary pair is more accurate than the better of its two networks.",
             accuracy, [f["better member"] for f in found], matters=MATTERS,
         ),
-        Claim(large.text, large.verdict, f"{large.evidence}; it takes {spread(shares, 1)} % of the large one's operations"),
+        Claim(
+            large.text, large.verdict, f"{large.evidence}; it takes {spread(shares, 1)} % of the large one's operations"
+        ),
         Claim(
             "The more complementary two networks are, by the paper's formula, the more their cascade gains.",
             verdict_by_interval(ranks, matters=0.1),
-            f"rank correlation over all pairs {spread(ranks)}; without the penalty, as in the published code, {spread(code)}",
+            f"rank correlation over all pairs {spread(ranks)}; without the penalty, as in the published code, "
+            f"{spread(code)}",
         ),
         no_worse(
             "Post-check, which leaves the first answer where it is the surer, costs no accuracy.",
             accuracy, [f["no post-check"].accuracy for f in found], margin=MATTERS,
         ),
         Claim(
-            "On a stream of every image twice an exact memory halves the images for which a network runs, and changes no "
-            "answer.",
+            "On a stream of every image twice an exact memory halves the images for which a network runs, and changes "
+            "no answer.",
             SHOWS if halves else NOT_SHOWN,
             f"networks ran for {spread([100 * f['memory']['ran'] for f in found])} % of the images, and "
             f"{spread([100 * f['memory']['same'] for f in found])} % of the answers are those without a memory; "
             "without repeated images nothing is saved",
         ),
     )  # fmt: skip
-    return ProofResult("dual_cnn", f"two complementary networks in a row, and a memory, on {data}", claims, _rows(found), _notes(found))
+    return ProofResult(
+        "dual_cnn", f"two complementary networks in a row, and a memory, on {data}", claims, _rows(found), _notes(found)
+    )
 
 
 def _rows(found: Sequence[Mapping[str, Any]]) -> tuple[Row, ...]:
@@ -418,6 +438,6 @@ def _notes(found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         "was trained on, and figures are read on others. Operations are those of the networks alone.",
         "False hits are counted on distinct images: they are keys that collide. Turned copies are hits of the "
         "invariants by design, right or wrong.",
-        "Times are of torch, one image and one thread; with hits at a rate h a memory pays where fingerprint and look-up "
-        "take less than h of the networks' time.",
+        "Times are of torch, one image and one thread; with hits at a rate h a memory pays where fingerprint and "
+        "look-up take less than h of the networks' time.",
     )

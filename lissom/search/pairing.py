@@ -78,7 +78,9 @@ def pair_recipes(pool: Pool, budget: float | None = None, penalty: bool = True, 
     return Cascade(first=pool.recipes[pair.first], second=pool.recipes[pair.second], **knobs), pair
 
 
-def _right(recipe: Recipe, model: torch.nn.Module, split: Split, labels: np.ndarray, recoverer: Recoverer) -> np.ndarray:
+def _right(
+    recipe: Recipe, model: torch.nn.Module, split: Split, labels: np.ndarray, recoverer: Recoverer
+) -> np.ndarray:
     """bool (N,), from the recoverer's folder where it is known already."""
     key = f"{recoverer.seed} {recipe} {recoverer.task.name} {len(labels)}"
     path = Path(recoverer.folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.right.npy"

@@ -41,6 +41,7 @@ from lissom.techniques.token_clustering import ClusterTokens
 __all__ = ["Cascade"]
 
 PLACES = ("first", "second")
+AS_IT_IS = Recipe()
 RULES = {"confidence": "confidence", "difference": "difference", "entropy": "normalised_entropy"}
 FEWEST = 50  # images on which a temperature is fitted; with fewer it stays 1
 _OUTSIDE = "what changes a network stands in the members: cascade(first=({name}()), second=({name}()))"
@@ -73,7 +74,7 @@ class Cascade(Technique):
     }
 
     first: Recipe | None = None
-    second: Recipe = Recipe()
+    second: Recipe = AS_IT_IS
     first_model: str = ""
     first_weights: str = ""
     second_model: str = ""
@@ -173,15 +174,19 @@ class Cascade(Technique):
         own = _outputs(plan.model, task.shape, "model")
         for path, count in outputs.items():
             if count != own:
-                raise NotApplicable(f"the {path.partition('.')[0]} network has {count} outputs, and the model has {own}")
+                raise NotApplicable(
+                    f"the {path.partition('.')[0]} network has {count} outputs, and the model has {own}"
+                )
         if own < 2:
             raise NotApplicable("a cascade needs two classes or more: with one output nothing is unsure")
-        first, second = (
-            Member(clone(changed.model), self._prepare(path, task)) for path, changed in plans.items()
-        )
+        first, second = (Member(clone(changed.model), self._prepare(path, task)) for path, changed in plans.items())
         model = Both(first, second, self.score if self.postcheck else None).eval()
-        spent = [_operations(changed.model, task.shape) / _operations(plan.model, task.shape) for changed in plans.values()]
-        leaving = Exit("first", RULES[self.score], self.risk, cost=spent[0], heads=sum(spent) - 1, carries=model.carries)
+        spent = [
+            _operations(changed.model, task.shape) / _operations(plan.model, task.shape) for changed in plans.values()
+        ]
+        leaving = Exit(
+            "first", RULES[self.score], self.risk, cost=spent[0], heads=sum(spent) - 1, carries=model.carries
+        )
         texts = [f"{self.source(path) or 'the model'} {member}".strip() for path, member in self.members().items()]
         joint = plan.with_model(model, f"cascade of {texts[0]} and {texts[1]}", *_notes(plan, plans.values()))
         return replace(
@@ -199,7 +204,9 @@ class Cascade(Technique):
             return None
         wanted = self._loaded(path).preprocessing((given.height, given.width))
         if wanted.channels != given.channels:
-            raise NotApplicable(f"{self.source(path)} takes {wanted.channels} channels, and the inputs have {given.channels}")
+            raise NotApplicable(
+                f"{self.source(path)} takes {wanted.channels} channels, and the inputs have {given.channels}"
+            )
         if (wanted.mean, wanted.std) == (given.mean, given.std):
             return None
         return Renormalise(given.mean, given.std, wanted.mean, wanted.std)
@@ -320,7 +327,9 @@ def _precision(given: Precision, plans: Mapping[str, Plan]) -> Precision:
     options = dict(given.options)
     eight = [path for path, plan in plans.items() if 8 in plan.precision.bits.values()]
     for path, plan in plans.items():
-        bits |= {f"{path}.{inner}" if inner else path: n for inner, n in plan.precision.bits.items() if inner or n != 32}
+        bits |= {
+            f"{path}.{inner}" if inner else path: n for inner, n in plan.precision.bits.items() if inner or n != 32
+        }
     asked = [dict(plans[path].precision.options) for path in eight]
     if len(asked) == 2 and asked[0] != asked[1]:
         differing = sorted(key for key in {*asked[0], *asked[1]} if asked[0].get(key) != asked[1].get(key))

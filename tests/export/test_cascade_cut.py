@@ -75,7 +75,7 @@ def test_cut_equals_joint(name: str, recipe: str) -> None:
     ov = import_openvino()
     plan = plan_of(name, recipe)
     inputs = np.random.default_rng(0).standard_normal((8, *SHAPE)).astype(np.float32)
-    graph, nodes = joint_graph(plan, TARGET, SHAPE, inputs)
+    graph, _ = joint_graph(plan, TARGET, SHAPE, inputs)
     fake = {op.get_friendly_name() for op in graph.get_ops() if op.get_type_name() == "FakeQuantize"}
     assert bool(fake) == ("int8" in recipe)
     outputs = JointOutputs.of(plan.decisions)

@@ -181,7 +181,9 @@ def test_a_few_samples_that_are_all_right_do_not_make_it_cold() -> None:
     assert 0.5 < fit_temperature(logits, np.arange(4)) < 1
 
 
-@pytest.mark.parametrize(("n", "risk", "delta"), [(900, 0.01, 0.05), (120, 0.005, 0.001), (50, 0.2, 0.05), (7, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("n", "risk", "delta"), [(900, 0.01, 0.05), (120, 0.005, 0.001), (50, 0.2, 0.05), (7, 0.5, 0.5)]
+)
 def test_no_row_that_a_temperature_sees_is_tested(n: int, risk: float, delta: float) -> None:
     scores = np.random.default_rng(0).random((n, 1))
     found = fit_thresholds(scores, np.zeros((n, 1), bool), np.array([0.4, 1.0]), risk=risk, delta=delta, seed=3)

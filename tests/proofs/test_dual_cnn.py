@@ -12,7 +12,7 @@ import torch
 from lissom.meters.costs import total
 from lissom.proofs import dual_cnn
 from lissom.proofs.base import INCONCLUSIVE, NOT_SHOWN, SHOWS, ProofResult, run_proof
-from lissom.proofs.dual_cnn import BIG, QUICK, WAYS, _Answers, _cascade, _Cascade, _distorted, _judged, networks
+from lissom.proofs.dual_cnn import BIG, QUICK, WAYS, _Answers, _Cascade, _cascade, _distorted, _judged, networks
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_distortion_keeps_the_image_in_its_frame() -> None:
 def answers(margins: np.ndarray, right: np.ndarray, macs: int) -> _Answers:
     """Two classes, of which 0 is right: logits with these margins."""
     logits = np.stack([np.where(right, margins, 0.0), np.where(right, 0.0, margins)], 1)
-    return _Answers({s: logits for s in ("choose", "report")}, {s: right for s in ("choose", "report")}, 1.0, macs)
+    return _Answers(dict.fromkeys(("choose", "report"), logits), dict.fromkeys(("choose", "report"), right), 1.0, macs)
 
 
 def test_a_cascade_is_judged_with_its_mean_operations() -> None:

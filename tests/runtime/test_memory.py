@@ -166,7 +166,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(LissomError, match="KIND or KIND:CAPACITY"):
             Memory.of(text)
     for text in ("exact:0", "phash"):
-        with pytest.raises(LissomError, match="at least 1|known: exact"):
+        with pytest.raises(LissomError, match=r"at least 1|known: exact"):
             Memory.of(text)
     assert Memory.of("invariants:7").capacity == 7
 

@@ -290,7 +290,8 @@ def test_another_network_as_a_member(tmp_path: Path) -> None:
         "import timm\ndef net():\n    return timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, "
         "embed_dim=32, num_heads=2, depth=2, num_classes=4)\n"
     )
-    text = f"cascade(second_model='{tmp_path}/big.py:net', second_weights='{tmp_path}/vit.safetensors', second=(low_rank()))"
+    files = f"second_model='{tmp_path}/big.py:net', second_weights='{tmp_path}/vit.safetensors'"
+    text = f"cascade({files}, second=(low_rank()))"
     recipe = Recipe.of(text)
     recoverer = Recoverer(plan, of, TARGET, tmp_path / "weights", epochs=1, seconds=None, seed=0)
     both = recoverer.recover(recipe, recipe.apply(plan, of, TARGET))
@@ -304,10 +305,15 @@ def test_code_and_downloads_are_run_for_the_user_only(tmp_path: Path) -> None:
     file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef net(): ...\n")
     plan, of = plan_of(vit()), task()
     saved = tmp_path / "plan.json"
-    for text in (f"cascade(second_model='{file}:net')", "cascade(second_model='resnet18', second_weights='pretrained')"):
+    for text in (
+        f"cascade(second_model='{file}:net')",
+        "cascade(second_model='resnet18', second_weights='pretrained')",
+    ):
         saved.write_text(json.dumps({"recipe": text}))
         for recipe in (Recipe.of(saved), Recipe.parse(text), Recipe.parse(f"fuse() + {text}")):
-            with pytest.raises(LissomError, match="comes from a file; give the recipe's text yourself|nothing to fuse"):
+            with pytest.raises(
+                LissomError, match=r"comes from a file; give the recipe's text yourself|nothing to fuse"
+            ):
                 recipe.apply(plan, of, TARGET)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(LissomError, match="returned NoneType"):
