@@ -119,7 +119,7 @@ def test_the_joint_graphs_scores_are_cosines_of_block_and_input() -> None:
         torch.testing.assert_close(found[outputs.score(number)], want)
         own = decisions.similarity(states[block].numpy(), states[block + 1].numpy())
         np.testing.assert_allclose(found[outputs.score(number)].numpy(), own, rtol=1e-5)
-    with pytest.raises(LissomError, match="confidence, entropy or similarity"):
+    with pytest.raises(LissomError, match="by confidence, entropy, difference"):
         Score("mood")
 
 
