@@ -91,6 +91,9 @@ class EarlyExit(Technique):
         points = sorted((check_cut(plan.model, task.shape, path) for path in wanted), key=lambda p: p.done)
         model = clone(plan.model)
         samples = _outputs(model, task.shape, [*known, *(p.path for p in points if p.path not in known)])
+        for point in points:
+            if not isinstance(samples[point.path], torch.Tensor):
+                raise NotApplicable(f"an exit's head reads one tensor, and {point.path!r} answers with several")
         classes = int(samples[""].shape[1])
         prefix = int(getattr(model, "num_prefix_tokens", 1 if getattr(model, "cls_token", None) is not None else 0))
         heads = []
@@ -185,6 +188,8 @@ def positions(model: nn.Module, shape: tuple[int, ...]) -> tuple[str, ...]:
         usable = [p for p in points if (TOKENS_FROM if len(p.shape) == 2 else MAPS_FROM) <= p.done <= UNTIL]
         if find_token_blocks(model) is not None:  # patches that no block has seen yet know nothing of each other
             usable = [p for p in usable if len(p.shape) == 3 or token_grid(model, p.path) is not None]
+        answers = _outputs(model, shape, [p.path for p in usable])
+        usable = [p for p in usable if isinstance(answers[p.path], torch.Tensor)]  # a head reads one tensor
         cache[shape] = tuple(p.path for p in _best_of_bins(usable))
     return cache[shape]
 
