@@ -212,6 +212,11 @@ def page(pairs: list[Pair], rows: dict[str, dict[str, Any]], forms: list[str], o
     lines += ["", "What is claimed, and whether it is seen here:", ""]
     for pair in pairs:
         lines.append(f"- {pair.network}: {pair.claim}. Here: {seen(rows[pair.network], columns)}.")
+    missing = [pair.network for pair in PAIRS if pair not in pairs]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    if "compiled" not in forms:
+        lines += ["", "torch.compile was not measured in this run."]
     lines += [
         "",
         "FIT has no row (its peers are full attention at a length that does not fit here; see its proof), nor has"
