@@ -38,8 +38,9 @@ class Precision:
 class Exit:
     """An early exit: behind the module ``at`` (its path) the model may answer already.
 
-    ``rule``: "confidence" (the largest softmax share is above a threshold) or "entropy" (the softmax's entropy in nats
-    is below one). ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
+    ``rule``: "confidence" (the largest softmax share is above a threshold), "entropy" (the softmax's entropy in nats
+    is below one), "patience" (so many exits in a row, this one the last, say the same class) or "patient_and_confident"
+    (of ``patience`` exits in a row, this one the last, each has an entropy below a threshold). ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
     with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds). ``cost``: operations done
     when this exit has answered, as a share of those of the model without exits; ``heads`` is the part of them that
     this exit's head and those before it did. ``carries``: paths of the modules whose outputs are all that what lies
@@ -53,6 +54,7 @@ class Exit:
     cost: float = 0.0
     heads: float = 0.0
     carries: tuple[str, ...] = ()
+    patience: int = 2
 
     @property
     def boundary(self) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ in the graph, and a higher one always means a surer answer. ``plan.json`` keeps 
     [{"rule": "confidence", "threshold": 0.87}, {"rule": "entropy", "threshold": -0.41},
      {"rule": "confidence", "threshold": null}]
 
-The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; ``null`` is an exit that is
-never taken.
+The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; that of ``patience`` is how many
+exits in a row agree, that of ``patient_and_confident`` minus the largest entropy of the last ``patience`` exits (a
+field of the decision). ``null`` is an exit that is never taken.
 
 The rules by which LGViT (Xu et al. 2023, arXiv 2308.00255) and its baselines read the exits' logits are here too, for
 analysis and as what graphs are checked against: ``confidence_exit``, ``entropy_exit``, ``patience_exit`` and
-``patient_and_confident_exit``. The last two look at several exits at once, which no single comparison can.
+``patient_and_confident_exit``. The last two look at several exits; in a graph the score carries what it must know of
+those before it (``lissom.export.joint``).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ __all__ = [
     "patient_and_confident_exit",
 ]
 
-RULES = ("confidence", "entropy")
+RULES = ("confidence", "entropy", "patience", "patient_and_confident")
 
 
 @dataclass(frozen=True)
