@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from lissom.errors import LissomError
 from lissom.export.plan import Exit, Plan
+from lissom.layers.exits import first_tensor
 
 __all__ = ["Joint", "JointOutputs", "joint_of"]
 
@@ -91,8 +92,11 @@ class Joint(nn.Module):
         handles = []
         for path in self.outputs.paths:
 
-            def keep(module: nn.Module, inputs: object, output: torch.Tensor, path: str = path) -> None:
-                carried[path] = output
+            def keep(module: nn.Module, inputs: object, output: object, path: str = path) -> None:
+                found = first_tensor(output)
+                if found is None:
+                    raise LissomError(f"the model cannot be cut behind {path!r}, which answers with several tensors")
+                carried[path] = found
 
             handles.append(self.model.get_submodule(path).register_forward_hook(keep))
         try:
