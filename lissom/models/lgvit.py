@@ -225,8 +225,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
             parts.setdefault(f"{third[1]}qkv.{third[3]}", {})[third[2]] = value
         else:
             state[name] = value
+    if exits:
+        state["exits.steps"] = torch.zeros((), dtype=torch.long)  # of training by turns, which is over
     for name, thirds in parts.items():
-        state[name] = torch.cat([thirds[third] for third in ("query", "key", "value")])
+        if len(thirds) == 3:
+            state[name] = torch.cat([thirds[third] for third in ("query", "key", "value")])
+        else:  # not the whole of it: whoever loads it says what is missing
+            state |= {name.replace(".qkv.", f".{third}."): value for third, value in thirds.items()}
     return state
 
 

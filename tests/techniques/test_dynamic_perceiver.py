@@ -58,16 +58,22 @@ class Net(nn.Module):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
-def net() -> nn.Module:
+def net(steps: int = 40) -> nn.Module:
+    """Trained until it is mostly right."""
     torch.manual_seed(0)
     model = Net()
-    model.train()(torch.randn(16, *SHAPE))  # BatchNorm has seen data
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for step in range(steps):
+        x, y = (torch.from_numpy(a) for a in patterns(64, step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
     return model.eval()
 
 
 def task(choose: int = 64) -> Task:
     parts = {
-        name: ArraySplit(name, *patterns(n, seed)) for name, n, seed in (("fit", 64, 900), ("choose", choose, 901))
+        name: ArraySplit(name, *patterns(n, seed)) for name, n, seed in (("fit", 512, 900), ("choose", choose, 901))
     }
     return Task(**parts, report=parts["choose"], shape=SHAPE, classes=tuple("abcd"), name="patterns")
 
@@ -211,13 +217,13 @@ def test_cut_equals_joint(plan: Plan, quantised: bool) -> None:
 
 
 def test_a_recipe_is_trained_exported_and_fitted(model: nn.Module, tmp_path: Path) -> None:
-    of = task(600)
+    of = task()
     base = Plan.of(model, SHAPE)
     recipe = Recipe.parse("dynamic_perceiver(latents=16, depths=(1, 1, 2, 1), widening=2.0, risk=20.0)")
     plan = recipe.apply(base, of, TARGET)
     (term,) = plan.recovery
     assert term == OwnExits(weights=(0.5, 0.5, 1.0), taught_by="last")
-    recoverer = Recoverer(base, of, TARGET, tmp_path / "recovery", epochs=20, seconds=None, seed=0)
+    recoverer = Recoverer(base, of, TARGET, tmp_path / "recovery", epochs=6, seconds=None, seed=0)
     trained = recoverer.recover(recipe, plan)
     before, after = plan.model.state_dict(), trained.model.state_dict()
     for key in ("stem.0.weight", "head.bias", "perceiver.latent", "perceiver.heads.early.weight",
@@ -231,7 +237,8 @@ def test_a_recipe_is_trained_exported_and_fitted(model: nn.Module, tmp_path: Pat
         for own, other in zip(answers, trained.model(torch.from_numpy(inputs)), strict=True):
             np.testing.assert_allclose(own, other.numpy(), atol=1e-3)
     right = [float((a.argmax(1) == labels).mean()) for a in answers]
-    assert min(right) > 0.4  # a chance of a quarter, and twenty steps of training
+    assert min(right[2:]) > 0.8  # the CNN's own answer, and the merged one, whose classifier was new
+    assert np.argmin(right) == 0  # tokens take more than a few steps
     fitted, _, known = fit_exits(artifact, trained.decisions, answers, scores, lambda a: a.argmax(1) == labels)
     assert known.harm <= 0.2
     predictor = load(fitted.path)
