@@ -40,11 +40,12 @@ class Exit:
 
     ``rule``: "confidence" (the largest softmax share is above a threshold), "entropy" (the softmax's entropy in nats
     is below one), "patience" (so many exits in a row, this one the last, say the same class) or "patient_and_confident"
-    (of ``patience`` exits in a row, this one the last, each has an entropy below a threshold). ``risk``: points of quality that all the exits of a plan together may cost, a promise that holds
-    with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds). ``cost``: operations done
-    when this exit has answered, as a share of those of the model without exits; ``heads`` is the part of them that
-    this exit's head and those before it did. ``carries``: paths of the modules whose outputs are all that what lies
-    behind the exit needs, one tensor each; () is the output of ``at`` itself.
+    (of ``patience`` exits in a row, this one the last, each has an entropy below a threshold). ``risk``: points of
+    quality that all the exits of a plan together may cost, a promise that holds with a probability of 1 - ``delta``
+    (``lissom.export.calibration`` finds the thresholds). ``cost``: operations done when this exit has answered, as a
+    share of those of the model without exits; ``heads`` is the part of them that this exit's head and those before it
+    did. ``carries``: paths of the modules whose outputs are all that what lies behind the exit needs, one tensor each;
+    () is the output of ``at`` itself.
     """
 
     at: str

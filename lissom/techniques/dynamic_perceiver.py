@@ -26,7 +26,7 @@ from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import Technique
-from lissom.techniques.early_exit import EarlyExit
+from lissom.techniques.early_exit import EarlyExit, operations
 from lissom.training.methods.multi_exit_kd import OwnExits
 
 __all__ = ["DynamicPerceiver", "stage_ends"]
@@ -106,6 +106,12 @@ class DynamicPerceiver(Technique):
         branched = plan.with_model(model.eval(), f"dynamic_perceiver: {self.latents} latents beside {beside}")
         own = own_exits(model)
         opened = self._exits().opened(branched, task, own)
+        # Costs are shares of what the CNN does alone; the branch comes on top of it.
+        ratio = operations(model, task.shape) / operations(plan.model, task.shape)
+        decisions = tuple(
+            replace(exit, cost=ratio * exit.cost, heads=ratio * (1 + exit.heads) - 1) for exit in opened.decisions
+        )
+        opened = replace(opened, decisions=decisions)
         weights = dict(zip((exit.at for exit in own), WEIGHTS, strict=True))
         return opened.with_recovery(
             OwnExits(weights=tuple(weights[exit.at] for exit in opened.decisions), alpha=ALPHA,

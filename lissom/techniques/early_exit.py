@@ -49,7 +49,7 @@ from lissom.training.methods.lgvit import AlternatingExits, ExitDistillation
 from lissom.training.methods.multi_exit_kd import OwnExits
 from lissom.training.methods.recovery import Afterwards, Term
 
-__all__ = ["EarlyExit", "positions"]
+__all__ = ["EarlyExit", "operations", "positions"]
 
 EVERYWHERE = ("*",)
 MOST = 8  # exits: as many as LGViT has
@@ -142,10 +142,10 @@ class EarlyExit(Technique):
             heads = self._heads(model, known, points, every, samples, _Layout.of(whole, task.shape))
         else:
             heads = _heads_at(trained, points)
-        own = _operations(model, task.shape)
+        own = operations(model, task.shape)
         spent, exits = 0.0, []
         for point, head in zip(points, heads, strict=True):
-            spent += _operations(head, tuple(samples[point.path].shape[1:])) / own
+            spent += operations(head, tuple(samples[point.path].shape[1:])) / own
             cost = point.done + spent
             exits.append(Exit(point.path, self.rule, self.risk, cost=cost, heads=spent, patience=self.patience))
         attach_exits(model, Exits([p.path for p in points], heads, detached=self.train == "heads"))
@@ -332,7 +332,7 @@ class _Layout:
             blocks = tuple(path for paths in lists for path in paths)
             # The last block of a stage may share its output, and then its place, with the stage.
             shapes = [s for path, s in points.items() if any(f"{block}.".startswith(f"{path}.") for block in blocks)]
-            if any(len(s) == 2 or (len(s) == 3 and (known or (known is None and s[0] == s[1] != s[2]))) for s in shapes):
+            if any(_of_tokens(s, known) for s in shapes):
                 return cls(blocks, True, channels_last=known, aspect=aspect)
             prefix = int(getattr(model, "num_prefix_tokens", _token(model, "cls_token")))
             return cls((), False, prefix, bool(prefix), channels_last=known, aspect=aspect)
@@ -371,6 +371,13 @@ class _Layout:
         )  # fmt: skip
 
 
+def _of_tokens(shape: tuple[int, ...], channels_last: bool | None) -> bool:
+    """Whether a block's output, without the batch, is tokens (N, C) or a map of them (h, w, C), and no (C, h, w)."""
+    if len(shape) == 3 and channels_last is None:
+        channels_last = shape[0] == shape[1] != shape[2]
+    return len(shape) == 2 or (len(shape) == 3 and bool(channels_last))
+
+
 def _token(module: Any, name: str) -> bool:
     return isinstance(getattr(module, name, None), torch.Tensor)
 
@@ -379,9 +386,9 @@ def _block_lists(model: nn.Module) -> list[list[str]]:
     """The paths of what stands in each list called ``blocks``, in order; lists inside such a list are left out."""
     lists: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] == "blocks" and isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
-            if not any(path.startswith(f"{other}.") for other in lists):
-                lists[path] = [f"{path}.{name}" for name, _ in module.named_children()]
+        named = path.rpartition(".")[2] == "blocks" and not any(path.startswith(f"{other}.") for other in lists)
+        if named and isinstance(module, nn.ModuleList | nn.Sequential) and len(module):
+            lists[path] = [f"{path}.{name}" for name, _ in module.named_children()]
     return list(lists.values())
 
 
@@ -451,7 +458,7 @@ def _outputs(model: nn.Module, shape: tuple[int, ...], paths: Sequence[str]) -> 
     return found
 
 
-def _operations(model: nn.Module, shape: tuple[int, ...]) -> int:
+def operations(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of one input."""
     from torch.utils.flop_counter import FlopCounterMode
 
