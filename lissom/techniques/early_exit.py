@@ -6,7 +6,8 @@ quantisation with a promise (Learn-then-Test, arXiv 2110.01052), and the exporte
 exits read.
 
 Transformers are timm's, transformers' and torchvision's ViT and DeiT, and those of several stages whose blocks stand
-in lists called ``blocks``: timm's Swin and PVT, transformers' Swin. Their tokens have no class token, and are a map.
+in lists called ``blocks``: timm's Swin and PVT, transformers' Swin. Their tokens have no class token, as a rule, and
+are a map.
 
 A network with exits of its own (``lissom.layers.exits``; Dyn-Perceiver is one) leaves through those, as they were
 trained: it gets no new heads, and no training where nothing else changes it. So does a model that arrived with exits
@@ -361,13 +362,17 @@ class _Layout:
 
     def head(self, model: nn.Module, path: str, sample: torch.Tensor, classes: int, kind: str) -> nn.Module:
         """An untrained head of the ``kind`` for what the module at ``path`` answers."""
-        grid = token_grid(model, path)
-        if grid is None and self.stages and sample.ndim == 3:
-            rows = max(1, round((sample.shape[1] * self.aspect) ** 0.5))
-            grid = (rows, sample.shape[1] // rows)
+        grid, prefix = token_grid(model, path), self.prefix
+        if self.stages and sample.ndim == 3:  # a stage, or the network, may have a class token (CvT, PiT)
+            parts = path.split(".")
+            around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+            prefix = int(any(_token(module, "cls_token") for module in around))
+            tokens = sample.shape[1] - prefix
+            rows = max(1, round((tokens * self.aspect) ** 0.5))
+            grid = (rows, tokens // rows)
         return build_head(
-            sample, classes, kind, prefix=self.prefix, grid=grid, distilled=self.distilled,
-            channels_last=self.channels_last, class_token=self.class_token, stages=self.stages,
+            sample, classes, kind, prefix=prefix, grid=grid, distilled=self.distilled,
+            channels_last=self.channels_last, class_token=self.class_token or self.stages, stages=self.stages,
         )  # fmt: skip
 
 

@@ -446,6 +446,17 @@ def test_blocks_that_answer_with_tuples_are_cut(make: Any, side: Any, tmp_path: 
     assert scores.shape == (4, 2)
 
 
+def test_a_class_token_of_the_last_stage_is_read() -> None:
+    torch.manual_seed(0)
+    model = create_model("cvt_13_224", dims=(8, 12, 16), heads=(1, 3, 2), depths=(1, 1, 3), num_classes=4).eval()
+    plan = EarlyExit(at=(1, 3)).apply(Plan.of(model, (3, 64, 64)), replace(task(), shape=(3, 64, 64)))
+    assert [e.at for e in plan.decisions] == ["stage1.blocks.0", "stage2.blocks.1"]
+    first, second = exits_of(plan.model).heads  # type: ignore[union-attr]
+    assert isinstance(first, MapExit)
+    assert isinstance(second, TokenExit)
+    assert (second.prefix, second.class_token, second.grid) == (1, True, (4, 4))
+
+
 def test_a_stage_of_a_transformer_is_a_map_of_tokens() -> None:
     plan = EarlyExit(at=("stages.1",)).apply(Plan.of(small_pvt(), (3, 64, 64)), replace(task(), shape=(3, 64, 64)))
     (head,) = exits_of(plan.model).heads  # type: ignore[union-attr]
