@@ -30,6 +30,7 @@ from lissom.export.capture import run_eager
 from lissom.export.exits import fit_exits
 from lissom.export.exporting import export_plan, run_artifact, run_stages
 from lissom.export.plan import Plan
+from lissom.layers.exits import exits_of, put_away_exits, remove_exits
 from lissom.meters.costs import layer_costs, total
 from lissom.meters.devices import meter_for
 from lissom.meters.measurement import Measurement, Meter
@@ -274,6 +275,9 @@ class _Job:
         model = copy.deepcopy(model) if isinstance(model, nn.Module) and train else model  # the user's stays as it is
         classes = len(source.classes) if source is not None else len(task.classes)
         loaded = load_model(model, arch=arch, weights=weights, num_classes=classes if train and classes else None)
+        if exits_of(loaded.model) is not None:  # the baseline answers once; early_exit takes trained exits out again
+            take_off = put_away_exits if loaded.trained and not train else remove_exits
+            loaded = replace(loaded, model=take_off(copy.deepcopy(loaded.model)))
         if not loaded.trained and not train:
             raise LissomError(
                 f"{loaded.name} comes without trained weights: give --weights FILE, --weights pretrained "
@@ -540,7 +544,10 @@ class _Job:
                 f"{len(self.task.choose)} samples of choose: {note}"
             )
         own = next(t for t in recipe.techniques if t.stage == "exits")
-        return self.make(recipe.replace(own, own.only(used)), name)
+        fewer = own.only(used)
+        if fewer == own:  # exits at which nobody leaves count for those behind them
+            return recipe, plan, artifact, metrics
+        return self.make(recipe.replace(own, fewer), name)
 
     def settled(self, recipe: Recipe) -> Recipe:
         """The recipe with what only the device can decide: which layers gain from a technique."""

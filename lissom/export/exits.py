@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -45,9 +46,19 @@ def fit_exits(
         harm = np.stack([answer.argmax(-1) != full.argmax(-1) for answer in answers[:-1]], 1)
     # The last stage costs the model's own operations and those of all heads; the heads' share is what exits add.
     costs = np.array([*(e.cost for e in exits), 1.0 + _heads(exits)])
-    calibration = fit_thresholds(scores, harm, costs, risk=risk / 100, delta=delta / among, seed=seed)
+    # The first exits cannot have been sure so many times in a row: there nobody leaves, whatever the score.
+    able = [i for i, e in enumerate(exits) if e.rule != "patient_and_confident" or i + 1 >= e.patience]
+    if not able:
+        raise LissomError(f"{len(exits)} exits cannot be sure {exits[0].patience} times in a row; add exits")
+    calibration = fit_thresholds(
+        scores[:, able], harm[:, able], costs[[*able, -1]], risk=risk / 100, delta=delta / among, seed=seed
+    )
+    if len(able) < len(exits):
+        thresholds, shares = np.full(len(exits), np.inf), np.zeros(len(exits) + 1)
+        thresholds[able], shares[[*able, -1]] = calibration.thresholds, calibration.shares
+        calibration = replace(calibration, thresholds=tuple(thresholds.tolist()), shares=tuple(shares.tolist()))
     decisions = [
-        {"at": e.at, "rule": e.rule, "threshold": None if np.isinf(t) else float(t)}
+        {"at": e.at, "rule": e.rule, "threshold": None if np.isinf(t) else float(t), **_patience(e)}
         for e, t in zip(exits, calibration.thresholds, strict=True)
     ]
     known = {
@@ -59,6 +70,10 @@ def fit_exits(
     left = first_exits(scores, np.asarray(calibration.thresholds))
     chosen = np.stack(list(answers))[left, np.arange(len(full))]
     return artifact.with_decisions(decisions, known), chosen, calibration
+
+
+def _patience(exit: Exit) -> dict[str, int]:
+    return {"patience": exit.patience} if exit.rule == "patient_and_confident" else {}
 
 
 def _heads(exits: Sequence[Exit]) -> float:

@@ -86,7 +86,7 @@ def _name_by_place(graph: Any) -> None:
 def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
     """The OpenVINO graph of the plan's model at a static shape, and graph node name -> module path."""
     exits = plan.decisions
-    key = (batch, *shape, *((e.at, e.rule, e.carries) for e in exits))
+    key = (batch, *shape, *((e.at, e.rule, e.carries, e.patience) for e in exits))
     known = _converted.setdefault(plan.model, {})
     if key not in known:
         ov = import_openvino()

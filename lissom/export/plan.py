@@ -39,9 +39,11 @@ class Exit:
     """An early exit: behind the module ``at`` (its path) the model may answer already.
 
     ``rule``: "confidence" (the largest softmax share is above a threshold), "entropy" (the softmax's entropy in nats is
-    below one), "similarity" (the cosine of what ``at`` takes and what it gives is above one, whatever the answer), or
-    another of ``lissom.runtime.decisions.RULES``. ``risk``: points of quality that all the exits of a plan together may
-    cost, a promise that holds with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds).
+    below one), "similarity" (the cosine of what ``at`` takes and what it gives is above one, whatever the answer),
+    "patience" (so many exits in a row, this one the last, say the same class), "patient_and_confident" (of ``patience``
+    exits in a row, this one the last, each has an entropy below a threshold), or another of
+    ``lissom.runtime.decisions.RULES``. ``risk``: points of quality that all the exits of a plan together may cost, a
+    promise that holds with a probability of 1 - ``delta`` (``lissom.export.calibration`` finds the thresholds).
     ``cost``: operations done when this exit has answered, as a share of those of the model without exits; ``heads`` is
     the part of them that this exit's head and those before it did; the last exit's say what running to the end costs
     more than the model without exits (less, below 0: a cascade's members may together be cheaper). ``carries``: paths
@@ -56,6 +58,7 @@ class Exit:
     cost: float = 0.0
     heads: float = 0.0
     carries: tuple[str, ...] = ()
+    patience: int = 2
 
     @property
     def boundary(self) -> tuple[str, ...]:

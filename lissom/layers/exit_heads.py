@@ -2,8 +2,9 @@
 
 The outputs of a transformer's early blocks lack locality, those of late ones lack nothing but depth. So a shallow exit
 mixes its tokens by convolutions (local perception head), a deep one by attention among every s-th row and column
-(global aggregation head); the mean of the mixed tokens, added to the class token, is classified. Networks with maps of
-patches (Swin) classify the mean alone; convolutional networks get a plain convolutional head, which is not the paper's.
+(global aggregation head); the mean of the mixed tokens, added to the class token, is classified. Transformers of
+several stages (Swin, PVT) classify the mean alone; convolutional networks get a plain convolutional head, which is not
+the paper's.
 
 Shapes: B batch, N = h w patch tokens in row order, C channels, K classes. All heads have static shapes and standard
 operators, so that they export with the network they stand on.
@@ -103,7 +104,7 @@ class TokenExit(_Classifying):
     - ``prefix`` at least 1: classifier(m + class token), the class token being the first;
     - ``distilled`` (DeiT), ``prefix`` at least 2: the mean of classifier(m + class token) and
       distillation_classifier(m + distillation token);
-    - ``prefix`` 0: classifier(m).
+    - ``prefix`` 0, or special tokens without a class token among them (``class_token`` False): classifier(m).
 
     Special tokens are taken as the block gives them. ``grid`` (h, w) is fixed: h w = N. The mixer is a submodule of
     its own (``mixer``), so that a loss can read its tokens (B, n, C) by a hook.
@@ -117,10 +118,12 @@ class TokenExit(_Classifying):
         grid: tuple[int, int],
         prefix: int = 1,
         distilled: bool = False,
+        class_token: bool = True,
     ) -> None:
         super().__init__()
         if distilled and prefix < 2:
             raise ValueError(f"a distilled exit reads two special tokens, and there are {prefix}")
+        self.class_token = class_token and prefix > 0
         self.grid = (int(grid[0]), int(grid[1]))
         self.prefix = prefix
         self.mixer = mixer
@@ -129,7 +132,7 @@ class TokenExit(_Classifying):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = self.mixer(x[:, self.prefix :], self.grid).mean(1)
-        if not self.prefix:
+        if not self.class_token:
             return self.classifier(mean)
         logits = self.classifier(mean + x[:, 0])
         if self.distillation_classifier is None:
@@ -138,35 +141,57 @@ class TokenExit(_Classifying):
 
 
 class MapExit(_Classifying):
-    """Classifies a map of patches (B, h, w, C), as Swin's blocks give it, behind a ``mixer`` of its patches.
+    """Classifies the patches of a transformer of several stages, which has no special tokens, behind a ``mixer``.
 
-    classifier(mean over the patches of LayerNorm(mixer's tokens)), for networks without special tokens.
+    They are a map (B, h, w, C) as Swin's blocks give it, one with its channels first (B, C, h, w) where
+    ``channels_first``, or tokens (B, h w, C) of a ``grid`` (h, w) as PVT's blocks give them. The answer is
+    classifier(mean over the patches of LayerNorm(mixer's tokens)).
     """
 
-    def __init__(self, dim: int, classes: int, mixer: nn.Module) -> None:
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        mixer: nn.Module,
+        grid: tuple[int, int] | None = None,
+        channels_first: bool = False,
+    ) -> None:
         super().__init__()
+        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
+        self.channels_first = channels_first
         self.mixer = mixer
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grid = (int(x.shape[1]), int(x.shape[2]))
-        return self.classifier(self.norm(self.mixer(x.flatten(1, 2), grid)).mean(1))
+        grid = self.grid
+        if x.ndim == 4:
+            x = x.permute(0, 2, 3, 1) if self.channels_first else x
+            grid, x = (int(x.shape[1]), int(x.shape[2])), x.flatten(1, 2)
+        assert grid is not None
+        return self.classifier(self.norm(self.mixer(x, grid)).mean(1))
 
 
 class LinearExit(_Classifying):
     """One linear layer on the class token (B, 1 + N, C), as earlier systems (SDN, PABEE) exit; LGViT's baseline.
 
-    Without special tokens (``prefix`` 0), and for maps (B, h, w, C), on the mean of the patches.
+    Where there is none (``prefix`` 0, or ``class_token`` False), and for maps (B, h, w, C), or (B, C, h, w) where
+    ``channels_first``, on the mean of the patches.
     """
 
-    def __init__(self, dim: int, classes: int, prefix: int = 1) -> None:
+    def __init__(
+        self, dim: int, classes: int, prefix: int = 1, class_token: bool = True, channels_first: bool = False
+    ) -> None:
         super().__init__()
         self.prefix = prefix
+        self.class_token = class_token and prefix > 0
+        self.channels_first = channels_first
         self.classifier = nn.Linear(dim, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(x[:, 0] if x.ndim == 3 and self.prefix else x.flatten(1, -2).mean(1))
+        if x.ndim == 4:
+            return self.classifier(x.mean((2, 3) if self.channels_first else (1, 2)))
+        return self.classifier(x[:, 0] if self.class_token else x[:, self.prefix :].mean(1))
 
 
 class ConvExit(_Classifying):
@@ -213,16 +238,20 @@ def build_head(
     grid: tuple[int, int] | None = None,
     distilled: bool = False,
     channels_last: bool | None = None,
+    class_token: bool = True,
+    stages: bool = False,
 ) -> nn.Module:
     """A head for a module that answers with tensors like ``sample``; untrained, it returns logits (B, classes).
 
-    - (B, prefix + N, C): ``TokenExit``; ``grid`` (h, w) with h w = N, by default the square one;
+    - (B, prefix + N, C): ``TokenExit``; ``grid`` (h, w) with h w = N, by default the square one. ``class_token`` says
+      whether the first special token is one. Tokens of a transformer of several ``stages``: ``MapExit``;
     - (B, h, w, C): ``MapExit``;
-    - (B, C, H, W): ``ConvExit``, whatever the ``kind``.
+    - (B, C, H, W): ``MapExit`` in a transformer of several ``stages``, else ``ConvExit``, whatever the ``kind``;
+    - any of these and the ``kind`` "linear": ``LinearExit``.
 
     A map's channels are the last of its sizes where ``channels_last`` says so, or where it says nothing and the two
     sizes before are equal and the last differs; else the first, as torch has it. ``kind`` is one of ``head_kinds``, or
-    "linear" (``LinearExit``). Where the channels are no multiple of 8, a global aggregation head has as many attention
+    "linear". Where the channels are no multiple of 8, a global aggregation head has as many attention
     heads as the largest divisor below 8. Raises NotApplicable for another shape, and for a kind or grid that does not
     fit it.
     """
@@ -232,11 +261,12 @@ def build_head(
     if sample.ndim == 4:
         if channels_last is None:
             channels_last = shape[1] == shape[2] != shape[3]
-        if not channels_last:
-            return ConvExit(shape[1], classes)
-        return (
-            LinearExit(shape[3], classes, 0) if kind == "linear" else MapExit(shape[3], classes, _mixer(kind, shape[3]))
-        )
+        dim = shape[3] if channels_last else shape[1]
+        if kind == "linear":
+            return LinearExit(dim, classes, 0, channels_first=not channels_last)
+        if channels_last or stages:
+            return MapExit(dim, classes, _mixer(kind, dim), channels_first=not channels_last)
+        return ConvExit(dim, classes)
     if sample.ndim != 3:
         raise NotApplicable(
             f"an exit reads tokens (B, N, C) or maps (B, C, H, W), and the module answers with shape {shape}; "
@@ -244,7 +274,7 @@ def build_head(
         )
     tokens, dim = shape[1] - prefix, shape[2]
     if kind == "linear":
-        return LinearExit(dim, classes, prefix)
+        return LinearExit(dim, classes, prefix, class_token)
     if grid is None:
         grid = (round(max(tokens, 0) ** 0.5),) * 2
     if tokens < 1 or grid[0] * grid[1] != tokens:
@@ -254,7 +284,9 @@ def build_head(
         )
     if distilled and prefix < 2:
         raise NotApplicable(f"a distilled transformer has two special tokens, and this one has {prefix}")
-    return TokenExit(dim, classes, _mixer(kind, dim), grid, prefix, distilled)
+    if stages and not prefix:
+        return MapExit(dim, classes, _mixer(kind, dim), grid)
+    return TokenExit(dim, classes, _mixer(kind, dim), grid, prefix, distilled, class_token)
 
 
 def _mixer(kind: str, dim: int) -> nn.Module:

@@ -7,6 +7,10 @@ output, so that heads learn and the rest does not feel them; ``detached=False`` 
 A network may have exits of its own, with classifiers that were trained with it. It declares them by a method
 ``own_exits() -> Sequence[OwnExit]``, in order of execution; ``attach_own_exits`` makes its answer such a tuple too, out
 of what those classifiers answer. The network's forward pass must then run them all, which it can tell by ``exits_of``.
+A module that hooks made part of a network, as a child of the model, declares the model's exits by ``host_exits()``.
+
+A model may also arrive with exits attached, trained with it (LGViT's published networks do). ``put_away_exits`` takes
+them off and keeps them for whoever attaches them again; meanwhile the model answers with one tensor.
 """
 
 from __future__ import annotations
@@ -20,9 +24,22 @@ from torch import nn
 
 from lissom.errors import LissomError
 
-__all__ = ["ExitHook", "Exits", "OwnExit", "attach_exits", "attach_own_exits", "exits_of", "own_exits", "remove_exits"]
+__all__ = [
+    "ExitHook",
+    "Exits",
+    "OwnExit",
+    "attach_exits",
+    "attach_own_exits",
+    "exits_of",
+    "exits_put_away",
+    "first_tensor",
+    "own_exits",
+    "put_away_exits",
+    "remove_exits",
+]
 
 NAME = "exits"
+AWAY = "exits_away"
 
 
 @dataclass(frozen=True)
@@ -91,10 +108,11 @@ class _Look(ExitHook):
     def __init__(self, exits: Exits, index: int) -> None:
         self.exits, self.index = exits, index
 
-    def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        if not isinstance(output, torch.Tensor):
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        found = first_tensor(output)
+        if found is None:
             raise TypeError(f"an exit reads one tensor, and {self.exits.positions[self.index]} answers {type(output)}")
-        self.exits.seen[self.index] = output
+        self.exits.seen[self.index] = found
 
 
 class _Answer(ExitHook):
@@ -113,6 +131,14 @@ class _Answer(ExitHook):
                 raise LissomError(f"an exit reads {exits.positions[index]!r}, which this forward pass did not run")
             answers.append(head(seen.detach() if exits.detached and seen.requires_grad else seen))
         return (*answers, output[-1] if isinstance(output, tuple) else output)
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """What an exit reads of a module's answer: the tensor that it is, or that a tuple begins with and holds no other
+    of (blocks of the transformers package answer so); None where it is neither."""
+    if isinstance(output, tuple) and output and not any(isinstance(rest, torch.Tensor) for rest in output[1:]):
+        output = output[0]
+    return output if isinstance(output, torch.Tensor) else None
 
 
 def attach_exits(model: nn.Module, exits: Exits) -> nn.Module:
@@ -136,9 +162,9 @@ def attach_exits(model: nn.Module, exits: Exits) -> nn.Module:
 
 
 def own_exits(model: nn.Module) -> tuple[OwnExit, ...]:
-    """The exits that the network declares to have by itself; none where it declares nothing."""
-    declare = getattr(model, "own_exits", None)
-    return tuple(declare()) if callable(declare) else ()
+    """The exits that the network declares to have by itself, or that a child declares for it; none where none does."""
+    declared = [getattr(model, "own_exits", None), *(getattr(child, "host_exits", None) for child in model.children())]
+    return next((tuple(declare()) for declare in declared if callable(declare)), ())
 
 
 def attach_own_exits(model: nn.Module, places: Sequence[str] | None = None) -> nn.Module:
@@ -170,3 +196,18 @@ def remove_exits(model: nn.Module) -> nn.Module:
                     del hooks[key]
     delattr(model, NAME)
     return model
+
+
+def put_away_exits(model: nn.Module) -> nn.Module:
+    """Take the exits off, in place, and keep them beside the model: copied with it, but no part of it."""
+    exits = exits_of(model)
+    if exits is not None:
+        remove_exits(model)
+        vars(model)[AWAY] = exits  # as a plain attribute: neither counted nor trained nor saved with the model
+    return model
+
+
+def exits_put_away(model: nn.Module) -> Exits | None:
+    """The exits that ``put_away_exits`` keeps, or None."""
+    found = vars(model).get(AWAY)
+    return found if isinstance(found, Exits) else None

@@ -29,128 +29,23 @@ from torch.nn import functional as F
 from torchvision.models import mobilenet_v3_large, regnet
 
 from lissom.layers.exits import OwnExit, exits_of
+from lissom.layers.latent_branch import (
+    DEPTHS,
+    HEADS,
+    STAGES,
+    Attention,
+    CrossAttention,
+    SelfAttention,
+    TokenMean,
+    check_sizes,
+    exchanges,
+    knowledge,
+    latent,
+    read_tokens,
+    told,
+)
 
 __all__ = ["Attention", "CrossAttention", "DynPerceiver", "SelfAttention", "checkpoint_filter_fn", "split_cnn"]
-
-STAGES = 4
-DEPTHS = (3, 3, 9, 3)  # layers of self-attention in front of each stage; published sizes multiply them
-HEADS = (1, 2, 4, 8)
-
-
-class Attention(nn.Module):
-    """Queries (B, N, ``dim``) and what they read (B, M, ``kv_dim``) to (B, N, ``dim``).
-
-    softmax(q k^T / sqrt(``qk_dim`` / ``num_heads``)) v, projected back. Queries, keys and values have no bias.
-    ``positions`` M gives every position of what is read a learned vector, (1, M, ``qk_dim``), that is added to its key
-    (not to the logits). Raises ValueError where ``num_heads`` does not divide ``qk_dim``.
-    """
-
-    def __init__(self, dim: int, kv_dim: int, qk_dim: int, num_heads: int = 1, positions: int = 0) -> None:
-        super().__init__()
-        if qk_dim < 1 or qk_dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide {qk_dim} channels; give other num_heads or widths")
-        self.num_heads = num_heads
-        self.relative_position_bias = nn.Parameter(torch.zeros(1, positions, qk_dim)) if positions else None
-        self.q_proj = nn.Linear(dim, qk_dim, bias=False)
-        self.k_proj = nn.Linear(kv_dim, qk_dim, bias=False)
-        self.v_proj = nn.Linear(kv_dim, qk_dim, bias=False)
-        self.o_proj = nn.Linear(qk_dim, dim)
-
-    def forward(self, x: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(kv), self.v_proj(kv)
-        if self.relative_position_bias is not None:
-            k = k + self.relative_position_bias
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Norm, two linear layers with a GELU between them: (..., ``dim``) -> (..., ``dim``)."""
-
-    def __init__(self, dim: int, ratio: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, int(ratio * dim))
-        self.fc2 = nn.Linear(int(ratio * dim), dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
-
-
-class CrossAttention(nn.Module):
-    """Tokens (B, N, ``dim``) read others (B, M, ``kv_dim``): attention, then an MLP, each with a residual."""
-
-    def __init__(
-        self, dim: int, kv_dim: int, qk_dim: int | None = None, num_heads: int = 1, ratio: float = 1.0,
-        positions: int = 0,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.q_norm, self.kv_norm = nn.LayerNorm(dim), nn.LayerNorm(kv_dim)
-        self.attention = Attention(dim, kv_dim, dim if qk_dim is None else qk_dim, num_heads, positions)
-        self.mlp = Mlp(dim, ratio)
-
-    def forward(self, x: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.q_norm(x), self.kv_norm(kv))
-        return x + self.mlp(x)
-
-
-class SelfAttention(nn.Module):
-    """Tokens (B, N, ``dim``) read each other: attention, then an MLP, each with a residual."""
-
-    def __init__(self, dim: int, num_heads: int, ratio: float = 4.0) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, dim, dim, num_heads)
-        self.mlp = Mlp(dim, ratio)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(x)
-        x = x + self.attention(normed, normed)
-        return x + self.mlp(x)
-
-
-class Exchange(nn.Module):
-    """What happens in front of a stage: x (B, ``dim``, H, W) and z (B, n', C') to x, and z (B, n, ``dim``).
-
-    z is mixed over its tokens (n' to n) and widened (C' to ``dim``); x reads z; z reads x, averaged to ``pool`` x
-    ``pool`` places behind a depthwise convolution; z reads itself. In front of the first stage (``before`` None) z is
-    as wide as x already, and x does not read it.
-    """
-
-    def __init__(
-        self, dim: int, tokens: int, before: tuple[int, int] | None, depth: int, num_heads: int, ratio: float, pool: int
-    ) -> None:
-        super().__init__()
-        self.mixer = self.expander = self.z2x = None
-        if before is not None:
-            old_dim, old_tokens = before
-            self.mixer = nn.Sequential(nn.LayerNorm(old_tokens), nn.Linear(old_tokens, tokens))
-            self.expander = nn.Sequential(nn.LayerNorm(old_dim), nn.Linear(old_dim, dim))
-            self.z2x = CrossAttention(dim, dim, max(1, dim // 8))
-        self.pool = pool
-        self.dwc = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.x2z = CrossAttention(dim, dim, positions=pool * pool)
-        self.self_attention = nn.Sequential(*(SelfAttention(dim, num_heads, ratio) for _ in range(depth)))
-
-    def forward(self, x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.mixer is not None and self.expander is not None and self.z2x is not None:
-            z = self.expander(self.mixer(z.transpose(1, 2)).transpose(1, 2))
-            x = read_tokens(self.z2x, x, z)
-        pooled = F.adaptive_avg_pool2d(self.dwc(x) + x, self.pool)
-        z = self.x2z(z, pooled.flatten(2).transpose(1, 2))
-        return x, self.self_attention(z)
-
-
-class TokenMean(nn.Module):
-    """Tokens (B, n, C) to their mean (B, C)."""
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return z.mean(1)
-
-
-def read_tokens(attention: nn.Module, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Every pixel of x (B, C, H, W) reads the tokens z (B, n, C'); the map keeps its shape."""
-    return attention(x.flatten(2).transpose(1, 2), z).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def split_cnn(cnn: Any) -> tuple[nn.Module, list[nn.Module]]:
@@ -266,10 +161,7 @@ class DynPerceiver(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(depths) != STAGES or len(num_heads) != STAGES or min(depths) < 1:
-            raise ValueError(f"depths and num_heads are {STAGES} numbers each, at least 1: {depths}, {num_heads}")
-        if latents < 1 << (STAGES - 1) or latents % (1 << (STAGES - 1)):
-            raise ValueError(f"latents are halved three times, so that their number is a multiple of 8, not {latents}")
+        check_sizes(latents, depths, num_heads)
         self.in_chans, self.hidden, self.drop_rate, self.isc = in_chans, hidden, drop_rate, isc
         self.grad_checkpointing = False
         self.stem, stages = split_cnn(backbone)
@@ -281,12 +173,8 @@ class DynPerceiver(nn.Module):
             {"num_chs": width, "reduction": reduction, "module": f"stages.{number}"}
             for number, (width, reduction) in enumerate(zip(self.widths[1:], reductions[1:], strict=True))
         ]
-        tokens = [latents >> number for number in range(STAGES)]
-        self.latent = nn.Parameter(torch.empty(latents, dims[0]).normal_(std=0.02).clamp_(-2, 2))
-        before = [None, *zip(dims, tokens, strict=True)]
-        self.exchanges = nn.ModuleList(
-            Exchange(dims[n], tokens[n], before[n], depths[n], num_heads[n], self_ratio, pool) for n in range(STAGES)
-        )
+        self.latent = latent(latents, dims[0])
+        self.exchanges = exchanges(dims, latents, depths, num_heads, self_ratio, [pool] * STAGES)
         self.last_z2x = CrossAttention(self.widths[-1], dims[-1], max(1, self.widths[-1] // 8))
         self.means = nn.ModuleDict({"early": TokenMean(), "late": TokenMean()})
         # What the merged classifier reads, without the logits of earlier exits.
@@ -298,11 +186,7 @@ class DynPerceiver(nn.Module):
         self.num_classes = num_classes
         _, _, third, fourth, last = self.widths
         known = fourth if self.isc and num_classes else 0
-        self.knowledge = nn.ModuleDict()  # logits -> (B, C4), for the exit behind
-        if known:
-            for name in ("early", "late"):
-                linear = nn.Linear(num_classes, fourth)
-                self.knowledge[name] = nn.Sequential(linear, nn.BatchNorm1d(fourth), nn.ReLU())
+        self.knowledge = knowledge(num_classes, known)  # logits -> (B, C4), for the exit behind
         self.heads = nn.ModuleDict(
             {
                 "early": nn.Linear(third, num_classes),
@@ -371,10 +255,6 @@ class DynPerceiver(nn.Module):
         stage = self.stages[number]
         return checkpoint(stage, x) if self.grad_checkpointing and self.training else stage(x)
 
-    def _told(self, name: str, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Features with what the exit ``name`` answered beside them."""
-        return torch.cat((features, self.knowledge[name](logits)), 1) if self.knowledge else features
-
     def answers(self, x: torch.Tensor, maps: bool = True) -> Iterator[torch.Tensor]:
         """The four logits (B, num_classes) in order of execution: early, late, maps, merged.
 
@@ -387,14 +267,14 @@ class DynPerceiver(nn.Module):
         yield early
         x, z = self._meet(3, self._stage(2, x), z)
         mean = self.means["late"](z)
-        late = self.heads["late"](self._told("early", mean, early))
+        late = self.heads["late"](told(self.knowledge, "early", mean, early))
         yield late
         x = self._stage(3, x)
         if maps:
             pooled = x.mean((2, 3))
             yield self.heads["maps"](F.dropout(pooled, self.drop_rate, self.training and self.hidden is None))
         x = read_tokens(self.last_z2x, x, z)
-        yield self.heads["merged"](self._told("late", torch.cat((x.mean((2, 3)), mean), 1), late))
+        yield self.heads["merged"](told(self.knowledge, "late", torch.cat((x.mean((2, 3)), mean), 1), late))
 
     def forward_intermediates(
         self,
@@ -570,6 +450,8 @@ def _network(name: str, **arguments: Any) -> DynPerceiver:
 
 
 def _cfg(name: str) -> dict[str, Any]:
+    hidden = name.startswith("mobilenet")
+    last = ("heads.maps.3", "heads.merged.4") if hidden else ("heads.maps", "heads.merged.1")
     return {
         "url": "",
         "num_classes": 1000,
@@ -579,8 +461,9 @@ def _cfg(name: str) -> dict[str, Any]:
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem.0.0" if name.startswith("mobilenet") else "stem.0",
-        "classifier": ("heads.early", "heads.late"),
+        "first_conv": "stem.0.0" if hidden else "stem.0",
+        # All whose shape the number of classes decides.
+        "classifier": ("heads.early", "heads.late", *last, "knowledge.early.0", "knowledge.late.0"),
         "license": "mit",
     }
 

@@ -3,7 +3,7 @@
 The backbones are timm's, the exits those of ``lissom.layers.exit_heads``, attached by hooks. A network's answer is a
 tuple: the logits (B, classes) of each exit in order of depth, then its own. ViT and DeiT have exits behind blocks 4 to
 11 of 12, Swin behind 4, 7, 10, 13, 16, 19, 22 and 23 of 24, before its maps are merged. For exits on a model of your
-own see the technique ``early_exit``.
+own see the technique ``early_exit``; ``lissom slim`` leaves through these as they were trained.
 
 ``checkpoint_filter_fn`` reads the published checkpoints, whose names are those of the transformers package.
 """
@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lissom.layers.exit_heads import MapExit, TokenExit, build_head, head_kinds
-from lissom.layers.exits import Exits, attach_exits
+from lissom.layers.exits import Exits, attach_exits, exits_of, exits_put_away
 
 __all__ = ["LGDeiT", "LGSwin", "LGViT", "checkpoint_filter_fn"]
 
@@ -60,7 +60,9 @@ class _Reset:
 
     def reset_classifier(self, num_classes: int, *arguments: Any, **more: Any) -> None:
         super().reset_classifier(num_classes, *arguments, **more)  # type: ignore[misc]
-        for head in self.exits.heads:
+        own: Any = self
+        exits = exits_of(own) or exits_put_away(own)
+        for head in () if exits is None else exits.heads:
             assert isinstance(head, TokenExit | MapExit)
             head.reset_classifier(num_classes)
 
@@ -130,8 +132,10 @@ _HEADS = (
 _HIGHWAY = re.compile(r"^(?:deit|swin)\.encoder\.(?:layers\.(\d+)\.)?highway\.(\d+)\.")
 
 
-def _cfg(classifier: str | tuple[str, ...]) -> dict[str, Any]:
+def _cfg(*classifiers: str) -> dict[str, Any]:
     """The publisher's examples scale the shorter side to 224, cut out the centre and use ImageNet's statistics."""
+    kinds = ("classifier", "distillation_classifier")[: len(classifiers)]
+    exits = (f"exits.heads.{i}.{kind}" for i in range(len(VIT_EXITS)) for kind in kinds)
     return {
         "url": "",
         "num_classes": 100,
@@ -143,7 +147,7 @@ def _cfg(classifier: str | tuple[str, ...]) -> dict[str, Any]:
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "first_conv": "patch_embed.proj",
-        "classifier": classifier,
+        "classifier": (*classifiers, *exits),
         "license": "apache-2.0",
     }
 
@@ -151,8 +155,8 @@ def _cfg(classifier: str | tuple[str, ...]) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "lgvit_vit_base": _cfg("head"),
-        "lgvit_deit_base": _cfg(("head", "head_dist")),
-        "lgvit_deit_small": _cfg(("head", "head_dist")),
+        "lgvit_deit_base": _cfg("head", "head_dist"),
+        "lgvit_deit_small": _cfg("head", "head_dist"),
         "lgvit_swin_base": _cfg("head.fc"),
     }
 )
@@ -221,8 +225,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, torch.Tensor], model: nn.Modul
             parts.setdefault(f"{third[1]}qkv.{third[3]}", {})[third[2]] = value
         else:
             state[name] = value
+    if exits:
+        state["exits.steps"] = torch.zeros((), dtype=torch.long)  # of training by turns, which is over
     for name, thirds in parts.items():
-        state[name] = torch.cat([thirds[third] for third in ("query", "key", "value")])
+        if len(thirds) == 3:
+            state[name] = torch.cat([thirds[third] for third in ("query", "key", "value")])
+        else:  # not the whole of it: whoever loads it says what is missing
+            state |= {name.replace(".qkv.", f".{third}."): value for third, value in thirds.items()}
     return state
 
 

@@ -7,15 +7,17 @@ in the graph, and a higher one always means a surer answer. ``plan.json`` keeps 
      {"rule": "confidence", "threshold": null}]
 
 The score of ``entropy`` is the NEGATIVE entropy, so that its thresholds are at most 0; that of ``similarity`` is the
-cosine of a block's output and its input (MuE, Tang et al. 2023, arXiv 2211.11152). ``null`` is an exit that is never
-taken.
+cosine of a block's output and its input (MuE, Tang et al. 2023, arXiv 2211.11152); that of ``patience`` is how many
+exits in a row agree, that of ``patient_and_confident`` minus the largest entropy of the last ``patience`` exits (a
+field of the decision). ``null`` is an exit that is never taken.
 
 ``difference`` is the best class's share less the second's, ``normalised_entropy`` minus the entropy over ln(classes),
 in [-1, 0]: the scores of cascades (Kinnas et al. 2025, arXiv 2412.01039), whose search and run time share them.
 
 The rules by which LGViT (Xu et al. 2023, arXiv 2308.00255) and its baselines read the exits' logits are here too, for
 analysis and as what graphs are checked against: ``confidence_exit``, ``entropy_exit``, ``patience_exit`` and
-``patient_and_confident_exit``. The last two look at several exits at once, which no single comparison can.
+``patient_and_confident_exit``. The last two look at several exits; in a graph the score carries what it must know of
+those before it (``lissom.export.joint``).
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ __all__ = [
     "similarity",
 ]
 
-RULES = ("confidence", "entropy", "difference", "normalised_entropy", "similarity")
+RULES = (
+    "confidence", "entropy", "difference", "normalised_entropy", "similarity", "patience", "patient_and_confident",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lissom.techniques.base import STAGES
 from lissom.techniques.cascade import Cascade
 from lissom.techniques.recipe import Recipe
 from lissom.training.loop import FitEvent, fit
-from lissom.training.methods.recovery import Answers, Recovery
+from lissom.training.methods.recovery import Afterwards, Answers, Recovery
 
 __all__ = ["Recoverer"]
 
@@ -106,13 +106,31 @@ class Recoverer:
         model = plan.model
         exits = exits_of(model)
         heads = {id(p) for p in exits.parameters()} if exits is not None else set()
-        terms = list(plan.recovery)
-        rest = {id(p) for term in terms for p in term.parameters(model)} - heads
-        if rest:
-            terms.insert(0, Answers())
-        # Heads alone learn from the model they stand on: a second forward pass of the same weights is saved.
-        alone = not rest and plan.model is not self.plan.model and _same_backbone(model, self.plan.model)
-        method = Recovery(None if alone else self.plan.model, tuple(terms))
+        terms = [term for term in plan.recovery if not isinstance(term, Afterwards)]
+        later = tuple(term.term for term in plan.recovery if isinstance(term, Afterwards))
+        second = folder.with_name(f"{folder.name}-afterwards")
+        first = second / "first.safetensors"  # there when the first training is done
+        if terms and not first.exists():
+            rest = {id(p) for term in terms for p in term.parameters(model)} - heads
+            if rest and not any(term.own_answer for term in terms):
+                terms.insert(0, Answers())
+            # Heads alone learn from the model they stand on: a second forward pass of the same weights is saved.
+            alone = not rest and plan.model is not self.plan.model and _same_backbone(model, self.plan.model)
+            self._fit(model, Recovery(None if alone else self.plan.model, tuple(terms)), folder, seed)
+        if later and exits is not None:
+            exits.detached = True
+            if first.exists():
+                model.load_state_dict(load_file(first))
+            else:
+                second.mkdir(parents=True, exist_ok=True)
+                _save(model, first)
+            self._fit(model, Recovery(None, later), second / "heads", seed + 1)
+        _save(model, path)
+        for done in (folder, second):
+            shutil.rmtree(done, ignore_errors=True)
+
+    def _fit(self, model: nn.Module, method: Recovery, folder: Path, seed: int) -> None:
+        """One training, kept in ``folder`` while it lasts."""
         fit(
             model,
             self.task,
@@ -129,10 +147,13 @@ class Recoverer:
             threads=self.threads,
             precision="auto",
         )
-        fresh = path.with_name(f".{path.name}")
-        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fresh)
-        os.replace(fresh, path)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    """The model's weights as a file, whole or not at all."""
+    fresh = path.with_name(f".{path.name}")
+    save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fresh)
+    os.replace(fresh, path)
 
 
 def training_form(recipe: Recipe, places: tuple[str, ...] = ()) -> Recipe:

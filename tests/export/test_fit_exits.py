@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,3 +64,20 @@ def test_exits_that_promise_different_things_are_refused() -> None:
     exits = [Exit("a", "confidence", risk, cost=0.4, heads=0.01) for risk in (0.5, 1.0)]
     with pytest.raises(LissomError, match="share one promise"):
         fit_exits(Kept(), exits, [answers[0], *answers], np.repeat(scores, 2, 1))
+
+
+def test_nobody_leaves_where_patience_cannot_have_been_had() -> None:
+    """Two exits in a row: at the first nobody leaves, though its score would let everybody."""
+    answers, scores, labels = population()
+    both = np.concatenate([np.full_like(scores, -3.0), scores - 2], 1)
+    exits = [Exit(name, "patient_and_confident", 5.0, cost=cost, heads=0.01) for name, cost in (("a", 0.2), ("b", 0.4))]
+    kept = Kept()
+    _, _, fitted = fit_exits(kept, exits, [answers[1], *answers], both, lambda a: a.argmax(-1) == labels)
+    assert kept.decisions[0]["threshold"] is None
+    assert kept.decisions[1]["threshold"] is not None
+    assert [d["patience"] for d in kept.decisions] == [2, 2]
+    assert kept.known["shares"][0] == 0
+    assert sum(kept.known["shares"]) == pytest.approx(1)
+    assert len(fitted.thresholds) == 2
+    with pytest.raises(LissomError, match="2 exits cannot be sure 3 times in a row"):
+        fit_exits(Kept(), [replace(e, patience=3) for e in exits], [answers[1], *answers], both)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ import timm
 import torch
 from torch import nn
 
-from lissom.errors import NotApplicable
+from lissom.errors import LissomError, NotApplicable
 from lissom.export.exporting import export_plan, run_artifact, run_stages
-from lissom.export.joint import JointOutputs, Score
+from lissom.export.joint import Joint, JointOutputs, Score
 from lissom.export.openvino import joint_graph
 from lissom.export.openvino_cut import cut_graph
 from lissom.export.plan import Exit, Plan
 from lissom.layers.exits import Exits, attach_exits
 from lissom.runtime.backends import Stages
+from lissom.runtime.decisions import Decision, entropy, first_exit, patience_exit, patient_and_confident_exit
 from lissom.runtime.openvino_graph import import_openvino
 from lissom.runtime.predictor import load
 from lissom.runtime.target import Target
@@ -149,6 +151,95 @@ def test_the_rules_score() -> None:
     shares = logits.softmax(-1)
     torch.testing.assert_close(Score("confidence")(logits), shares.amax(-1))
     torch.testing.assert_close(Score("entropy")(logits), (shares * shares.log()).sum(-1))
+
+
+def decided(rule: str, patience: int = 2, quantised: bool = False) -> tuple[Plan, Any, JointOutputs]:
+    """A network with four exits, all by one rule, and its joint graph; its exits agree and disagree."""
+    places = ("layer1.0", "layer1.1", "layer2.0", "layer3")
+    plan = with_exits("resnet18", 32, places)
+    with torch.no_grad():
+        answers = plan.model(torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2)
+        for head, answer in zip(plan.model.exits.heads, answers, strict=False):
+            # Logits that differ from input to input more than from class to class.
+            head.linear.weight.mul_(3 / answer.std(0).mean())
+            head.linear.bias.copy_(3 / answer.std(0).mean() * (head.linear.bias - answer.mean(0)))
+    exits = tuple(replace(e, rule=rule, patience=patience) for e in plan.decisions)
+    plan = replace(plan, decisions=exits)
+    if quantised:
+        plan = Int8(model_type="plain", linear="matmul", products=8).apply(plan, None)  # type: ignore[arg-type]
+    inputs = np.random.default_rng(2).standard_normal((16, 3, 32, 32)).astype(np.float32) * 2
+    graph, _ = joint_graph(plan, replace(TARGET, batch=4), (3, 32, 32), inputs)
+    return plan, graph, JointOutputs.of(exits)
+
+
+@pytest.mark.parametrize(
+    ("rule", "patience", "quantised"),
+    [("patience", 2, False), ("patient_and_confident", 3, False),
+     pytest.param("patience", 2, True, marks=pytest.mark.full),
+     pytest.param("patient_and_confident", 2, True, marks=pytest.mark.full)],
+)  # fmt: skip
+def test_rules_of_patience_are_cut_exactly_and_are_the_published_ones(
+    rule: str, patience: int, quantised: bool
+) -> None:
+    ov = import_openvino()
+    plan, graph, outputs = decided(rule, patience, quantised)
+    assert [len(outputs.boundary(i)) for i in range(4)] == [2, 2, 2, 1]  # the last stage decides nothing
+    cut = cut_graph(graph, outputs)
+    assert [len(stage.inputs) for stage in cut] == [1, 2, 2, 2, 1]
+    core = ov.Core()
+    joint, *stages = (core.compile_model(g, "CPU", CONFIG) for g in (graph, *cut))
+    inputs = np.random.default_rng(3).standard_normal((32, 3, 32, 32)).astype(np.float32) * 2
+    logits, scores = [], []
+    for start in range(0, len(inputs), 4):
+        carried = [inputs[start : start + 4]]
+        found = joint(carried)
+        want = [np.array(found[i]) for i in range(outputs.count)]
+        logits.append(np.stack(want[:4], 1))
+        scores.append(np.stack(want[5:9], 1))
+        for number, stage in enumerate(stages):
+            result = stage(carried)
+            got = [np.array(result[i]) for i in range(len(result))]
+            places = (outputs.answer(number),)
+            if number < 4:
+                places += (outputs.score(number), *outputs.boundary(number))
+            for tensor, place in zip(got, places, strict=True):
+                np.testing.assert_array_equal(tensor, want[place])
+            carried = got[2:]
+    every, score = np.concatenate(logits), np.concatenate(scores)
+    if rule == "patience":
+        for count in (1, 2, 3, 4):
+            np.testing.assert_array_equal(first_exit(score, np.full(4, count - 0.5)), patience_exit(every, count))
+        assert len(set(score[:, 3].tolist())) > 1  # runs of several lengths were met
+    else:
+        for threshold in np.quantile(entropy(every), (0.2, 0.5, 0.8)):
+            left = first_exit(score, np.full(4, -threshold))
+            np.testing.assert_array_equal(left, patient_and_confident_exit(every, threshold, patience))
+        assert (score[:, : patience - 1] == score[0, 0]).all()  # nobody can have been sure so often yet
+
+
+def test_a_rule_of_patience_is_one_of_all_exits() -> None:
+    plan = with_exits("resnet18", 32, ("layer1", "layer3"))
+    with pytest.raises(LissomError, match="one of all exits"):
+        Joint(plan.model, [Exit("layer1"), Exit("layer3", "patience")])
+    with pytest.raises(LissomError, match="confidence, entropy, patience or patient_and_confident, not 'mood'"):
+        Joint(plan.model, [Exit("layer1", "mood"), Exit("layer3", "mood")])
+
+
+def test_artifacts_leave_by_patience(tmp_path: Path) -> None:
+    plan, _, _ = decided("patience")
+    inputs = np.random.default_rng(4).standard_normal((12, 3, 32, 32)).astype(np.float32) * 2
+    artifact = export_plan(plan, replace(TARGET, batch=4), tmp_path / "a", shape=(3, 32, 32))
+    answers, scores = run_stages(artifact, inputs, 1)
+    decisions = [{**d, "threshold": 1.5} for d in artifact.plan["decisions"]]
+    changed = artifact.with_decisions(decisions, {"shares": [0.0, 0.5, 0.2, 0.1, 0.2]})
+    want = patience_exit(np.stack(answers[:4], 1), 2)
+    assert len(set(want)) > 1
+    predictor = load(changed.path)
+    got, stages = predictor.answer(inputs)
+    np.testing.assert_array_equal(stages, want)
+    np.testing.assert_array_equal(got, np.stack(answers)[want, np.arange(len(inputs))])
+    assert Decision.from_json(changed.plan["decisions"][0]).rule == "patience"
+    assert scores[:, 0].tolist() == [1.0] * 12
 
 
 def test_a_stage_that_needs_the_input_again_is_refused() -> None:

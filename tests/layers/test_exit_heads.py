@@ -137,6 +137,25 @@ def test_logits_on_maps() -> None:
     torch.testing.assert_close(head(x), head.classifier(head.norm(2 * x).mean((1, 2))))
     plain = LinearExit(4, 3, 0)
     torch.testing.assert_close(plain(x), plain.classifier(x.mean((1, 2))))
+    # The same map as tokens, and with its channels first.
+    for other, sizes in ((x.flatten(1, 2), {"grid": (2, 3)}), (x.permute(0, 3, 1, 2), {"channels_first": True})):
+        same = MapExit(4, 3, Double(), **sizes)
+        same.load_state_dict(head.state_dict())
+        torch.testing.assert_close(same(other), head(x))
+    first = LinearExit(4, 3, 0, channels_first=True)
+    first.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(first(x.permute(0, 3, 1, 2)), plain(x))
+
+
+def test_registers_are_no_class_token() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4 + 6, 4)
+    head = TokenExit(4, 3, Double(), (2, 3), 4, class_token=False)
+    torch.testing.assert_close(head(x), head.classifier(2 * x[:, 4:].mean(1)))
+    plain = LinearExit(4, 3, 4, class_token=False)
+    torch.testing.assert_close(plain(x), plain.classifier(x[:, 4:].mean(1)))
+    with_class = LinearExit(4, 3, 4)
+    torch.testing.assert_close(with_class(x), with_class.classifier(x[:, 0]))
 
 
 def test_kinds_are_the_published_ones() -> None:
@@ -173,6 +192,11 @@ def test_kinds_of_other_numbers_go_from_local_to_global(count: int) -> None:
         ((2, 16, 8, 8), {}, "lph_a", ConvExit),
         ((2, 16, 16, 16), {}, "lph_a", ConvExit),
         ((2, 3, 1, 1), {}, "lph_a", ConvExit),
+        ((2, 16, 7, 5), {}, "linear", LinearExit),
+        ((2, 16, 7, 5), {"stages": True, "channels_last": False}, "gah1", MapExit),
+        ((2, 12, 16), {"prefix": 0, "stages": True, "grid": (3, 4)}, "lph_a", MapExit),
+        ((2, 20, 16), {"prefix": 4, "class_token": False}, "gah2", TokenExit),
+        ((2, 20, 16), {"prefix": 4, "class_token": False}, "linear", LinearExit),
     ],
 )
 def test_a_head_by_the_shape_of_the_output(shape, options, kind, made) -> None:

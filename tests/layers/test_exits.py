@@ -16,7 +16,10 @@ from lissom.layers.exits import (
     attach_exits,
     attach_own_exits,
     exits_of,
+    exits_put_away,
+    first_tensor,
     own_exits,
+    put_away_exits,
     remove_exits,
 )
 
@@ -222,3 +225,58 @@ def test_a_networks_own_exits_answer_beside_it(x):
     assert len(attach_own_exits(model, [])(x)) == 1
     with pytest.raises(ValueError, match="no exit of its own at 'first'; it has early"):
         attach_own_exits(model, ["first"])
+
+
+def test_a_child_may_declare_exits_for_the_model(x):
+    class Beside(nn.Module):
+        def host_exits(self) -> list[OwnExit]:
+            return [OwnExit("first", ("first",))]
+
+    class Inner(nn.Module):
+        def own_exits(self) -> list[OwnExit]:
+            raise AssertionError("paths of a part are none of the whole")
+
+    model = Net()
+    model.part = Inner()
+    assert own_exits(model) == ()
+    model.beside = Beside()
+    assert own_exits(model) == (OwnExit("first", ("first",)),)
+
+
+def test_a_tuple_that_holds_one_tensor_is_read():
+    class Block(nn.Module):
+        def forward(self, x):
+            return (x + 1, None)
+
+    class Unpacking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            return self.block(x)[0] * 2
+
+    model = attach_exits(Unpacking(), Exits(["block"], [nn.Identity()]))
+    early, own = model(torch.zeros(1, 2))
+    assert early.tolist() == [[1, 1]]
+    assert own.tolist() == [[2, 2]]
+    assert first_tensor((torch.zeros(1), torch.zeros(1))) is None
+    assert first_tensor(()) is None
+
+
+def test_exits_are_put_away_beside_the_model(x):
+    plain, model = Net(), with_exits()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("exits.")})
+    exits = model.exits
+    expected = model(x)
+    assert put_away_exits(model) is model
+    assert torch.equal(model(x), expected[-1])
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert sum(1 for _ in model.parameters()) == sum(1 for _ in plain.parameters())
+    assert exits_put_away(model) is exits
+    other = exits_put_away(copy.deepcopy(model))
+    assert other is not exits
+    attach_exits(model, other)
+    for own, want in zip(model(x), expected, strict=True):
+        assert torch.equal(own, want)
+    assert exits_put_away(put_away_exits(plain)) is None

@@ -13,7 +13,7 @@ import torch
 
 from lissom.errors import LissomError
 from lissom.layers.exit_heads import GlobalAggregationHead, LocalPerceptionHead
-from lissom.models.factory import create_model, from_published
+from lissom.models.factory import _load, create_model, from_published
 from lissom.models.lgvit import checkpoint_filter_fn
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def test_published_names_become_the_networks_own(folder: Path, variant: str) -> 
     keys = fixture(folder, variant)["keys"]
     model = outline(VARIANTS[variant], num_classes=10 if variant == "deit_small_10cls" else 100)
     state = checkpoint_filter_fn({name: torch.empty(shape, device="meta") for name, shape in keys.items()}, model)
-    own = {name: value.shape for name, value in model.state_dict().items() if name != "exits.steps"}
+    own = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in state.items()} == own
 
 
@@ -126,6 +126,13 @@ def test_queries_keys_and_values_stand_in_that_order() -> None:
     found = checkpoint_filter_fn(state, outline("lgvit_vit_base"))
     assert found.keys() == {"blocks.2.attn.qkv.bias"}
     assert found["blocks.2.attn.qkv.bias"].tolist() == [1, 1, 2, 2, 0, 0]
+
+
+def test_a_checkpoint_without_queries_says_so() -> None:
+    model = small("lgvit_vit_base", depth=3, exits=(1,))
+    state = {"deit.encoder.layer.0.attention.attention.key.bias": torch.zeros(16)}
+    with pytest.raises(LissomError, match=r"missing: .*1 unknown: blocks\.0\.attn\.key\.bias"):
+        _load(model, checkpoint_filter_fn(state, model), "a file")
 
 
 def test_own_names_load_as_they_are() -> None:

@@ -137,6 +137,80 @@ def with_numbers(state: State, model: nn.Module) -> Any:
     return {"state_dict": {**{f"module.{key}": value for key, value in {**state, **numbers}.items()}}}
 
 
+def lgvits_names(state: State, model: nn.Module) -> Any:
+    """LGViT: transformers' names; queries, keys and values apart; exits in each stage's ``highway``."""
+    swin, distilled = hasattr(model, "layers"), hasattr(model, "head_dist")
+    positions = model.exits.positions
+    own = "cls_classifier." if distilled else "classifier."
+    rules = (
+        (r"^cls_token$", "deit.embeddings.cls_token"), (r"^dist_token$", "deit.embeddings.distillation_token"),
+        (r"^pos_embed$", "deit.embeddings.position_embeddings"), (r"^blocks\.", "deit.encoder.layer."),
+        (r"^patch_embed\.norm\.", "swin.embeddings.norm."),
+        (r"^patch_embed\.proj\.", f"{'swin' if swin else 'deit'}.embeddings.patch_embeddings.projection."),
+        (r"^norm\.", f"{'swin' if swin else 'deit'}.layernorm."), (r"^pooler\.", "deit.pooler.dense."),
+        (r"^head\.(fc\.)?", own), (r"^head_dist\.", "distillation_classifier."),
+        (r"^layers\.", "swin.encoder.layers."),
+        (r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
+        (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.attn\.rel", ".attention.self.rel"),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense."),
+    )  # fmt: skip
+    renamed: State = {}
+    for key, value in state.items():
+        found = re.match(r"exits\.heads\.(\d+)\.(\w+)\.(.*)", key)
+        if found is not None:
+            position, part, rest = positions[int(found[1])], found[2], found[3]
+            stage = position.split(".")[1]
+            number = sum(1 for other in positions[: int(found[1])] if not swin or other.split(".")[1] == stage)
+            part = {"mixer": "mlp", "norm": "classifier.layernorm", "distillation_classifier": part}.get(
+                part, "classifier.classifier" if swin else own.removesuffix(".")
+            )
+            where = f"swin.encoder.layers.{stage}" if swin else "deit.encoder"
+            renamed[f"{where}.highway.{number}.{part}.{rest}"] = value
+            continue
+        merging = re.match(r"layers\.(\d)\.downsample\.(.*)", key)
+        if merging is not None:
+            renamed[f"swin.encoder.layers.{int(merging[1]) - 1}.downsample.{merging[2]}"] = value
+            continue
+        if key == "exits.steps":
+            continue
+        name = key
+        for pattern, theirs in rules:
+            name = re.sub(pattern, theirs, name)
+        if ".attn.qkv." in name:
+            inside = ".attention.self." if swin else ".attention.attention."
+            for word, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[name.replace(".attn.qkv.", f"{inside}{word}.")] = third
+        else:
+            renamed[name] = value
+    if swin:
+        renamed["swin.encoder.layers.0.blocks.0.attention.self.relative_position_index"] = torch.zeros(4, 4).long()
+    return renamed
+
+
+def perceivers_names(state: State, model: nn.Module) -> Any:
+    """Dyn-Perceiver on a ResNet, in both an average and the weights themselves."""
+    rules = (
+        (r"^stem\.", "cnn_stem."), (r"^stages\.(\d)\.", lambda m: f"cnn_body_stage{int(m[1]) + 1}."),
+        (r"^exchanges\.(\d)\.dwc\.", lambda m: f"dwc{int(m[1]) + 1}_x2z."),
+        (r"^exchanges\.(\d)\.(x2z|z2x)\.", lambda m: f"cross_att{int(m[1]) + 1}_{m[2]}."),
+        (r"^exchanges\.(\d)\.self_attention\.", lambda m: f"self_att{int(m[1]) + 1}."),
+        (r"^exchanges\.(\d)\.(mixer|expander)\.", lambda m: f"token_{m[2]}.{int(m[1]) - 1}."),
+        (r"^last_z2x\.", "last_cross_att_z2x."),
+        (r"^(.*x2z|.*z2x)\.(attention|q_norm|kv_norm)\.", r"\1.cross_attn.\2."),
+        (r"^(self_att\d\.\d+)\.(attention|norm)\.", r"\1.self_attn.\2."),
+        (r"\.mlp\.norm\.", ".mlp.layernorm."),
+        (r"^heads\.early\.", "early_classifier3."), (r"^heads\.late\.", "classifier_att."),
+        (r"^heads\.maps\.", "classifier_cnn."), (r"^heads\.merged\.", "classifier_merge."),
+        (r"^knowledge\.early\.", "isc3."), (r"^knowledge\.late\.", "isc4."),
+    )  # fmt: skip
+    renamed = {}
+    for key, value in state.items():
+        for pattern, theirs in rules:
+            key = re.sub(pattern, theirs, key)  # type: ignore[arg-type]
+        renamed[key] = value
+    return beside_the_average(renamed, model)
+
+
 @dataclass(frozen=True)
 class File:
     """A published file of the network ``name``: its ending, ``layout`` (state dict and model to what is saved), the
@@ -170,6 +244,11 @@ CONVIT = {"img_size": 32, "patch_size": 8, "embed_dim": 4, "num_heads": 4, "dept
 CONVFIRST = {
     "widths": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "expansions": (2, 2, 2, 3), "stem": 8, "head": 32,
 }  # fmt: skip
+LGVIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 4, "exits": (1, 2, 3)}
+LGSWIN = {
+    "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2, 2, 4),
+    "depths": (1, 1, 3, 1), "exits": (2, 3, 4),
+}  # fmt: skip
 FILES = (
     File("shvit_s1", shvits_names, SHVIT, shape=(3, 64, 64)),
     File("shvit_s1_distilled", shvits_names, SHVIT, shape=(3, 64, 64)),
@@ -194,6 +273,11 @@ FILES = (
     File("mobilenet_v2_x0_1_tvconv", with_numbers, FACES, dropped=True),
     File("convfirst_t", in_model, CONVFIRST, shape=(3, 64, 64)),
     File("light_cnn", in_model, {}, ".pt", (1, 28, 28)),
+    File("lgvit_vit_base", lgvits_names, LGVIT),
+    File("lgvit_deit_small", lgvits_names, LGVIT, ".bin"),
+    File("lgvit_swin_base", lgvits_names, LGSWIN, dropped=True),
+    File("resnet18_perceiver_t128", perceivers_names, {"latents": 8, "depths": (1, 1, 1, 1)}, shape=(3, 64, 64),
+         averaged=True),
 )  # fmt: skip
 ONE_A_FAMILY = tuple({file.name.split("_")[0]: file for file in FILES}.values())
 ENLARGING = File("ffnetsr_light_x2", lambda state, model: {"params_ema": state}, SR)

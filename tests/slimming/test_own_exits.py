@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lissom
 from lissom.data.splits import ArraySplit
+from lissom.layers.exits import exits_of, put_away_exits
+from lissom.models.factory import create_model
 from lissom.runtime.artifact import Artifact
 from lissom.tasks.task import Task
 from tests.models.tiny_perceiver import SHAPE, patterns, trained
@@ -52,3 +56,21 @@ def test_as_a_plain_model_it_gives_its_merged_answer(tmp_path: Path) -> None:
     assert given.ok, given.reason
     assert Artifact.open(result.artifact).plan["decisions"] == []
     assert given.metrics.params < next(t for t in result.trials if t.role == "baseline").metrics.params
+
+
+@pytest.mark.full
+def test_exits_that_a_model_arrived_with_are_used_as_they_were_trained(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = create_model(
+        "lgvit_vit_base", img_size=12, patch_size=3, embed_dim=32, num_heads=2, depth=4, num_classes=4, exits=(2, 3)
+    ).eval()
+    of = standin.task(put_away_exits(copy.deepcopy(net)))
+    result = standin.run(tmp_path / "r", net=net, task=of, recipe="early_exit(risk=95.0)")
+    assert exits_of(net) is not None  # the user's model stays as it is
+    given = next(t for t in result.trials if t.role == "given")
+    assert given.status in ("ok", "budget not met"), given.reason
+    assert not (result.folder / "recovery").exists()  # nothing was trained
+    baseline = next(t for t in result.trials if t.role == "baseline")
+    assert given.metrics.params > baseline.metrics.params  # the heads are none of the baseline's
+    artifact = Artifact.open(result.folder / given.artifact)
+    assert {d["at"] for d in artifact.plan["decisions"]} <= {"blocks.1", "blocks.2"}

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from lissom.data.splits import ArraySplit
 from lissom.errors import NotApplicable
+from lissom.export.cuts import check_cut
+from lissom.export.exporting import export_plan, run_stages
 from lissom.export.plan import Plan
-from lissom.layers.exits import exits_of
+from lissom.layers.exit_heads import GlobalAggregationHead, LocalPerceptionHead, MapExit, TokenExit, head_kinds
+from lissom.layers.exits import exits_of, put_away_exits
 from lissom.models.factory import create_model
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.early_exit import EarlyExit, positions
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer, adopt, training_form
+from lissom.training.methods.lgvit import AlternatingExits, ExitDistillation
+from lissom.training.methods.recovery import Afterwards, Answers, Recovery
 
 TARGET = Target("openvino", "cpu", 1, 1)
 
@@ -108,9 +119,13 @@ def test_what_is_refused() -> None:
     shallow = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
     with pytest.raises(NotApplicable, match="no place in its middle"):
         EarlyExit().apply(Plan.of(shallow, (3, 32, 32)), task())
-    for wrong in ({"at": "blocks.1"}, {"at": ()}, {"rule": "mood"}, {"risk": 0}, {"risk": 100}):
-        with pytest.raises(ValueError, match=r"at is|rule is|risk is"):
+    for wrong in ({"at": "blocks.1"}, {"at": ()}, {"rule": "mood"}, {"risk": 0}, {"risk": 100}, {"risk": "low"},
+                  {"heads": "conv"}, {"train": "some"}, {"patience": 0}, {"patience": True}, {"among": (1, 2)},
+                  {"among": (1, 2), "heads": "published"}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"(at|rule|risk|heads|train|patience|among) is"):
             EarlyExit(**wrong)
+    with pytest.raises(NotApplicable, match="2 exits cannot be sure 3 times in a row"):
+        EarlyExit(at=(1, 2), rule="patient_and_confident", patience=3).apply(plan, task())
 
 
 def test_the_space_offers_places_and_risks() -> None:
@@ -201,3 +216,404 @@ def test_adopting_takes_heads_by_their_place() -> None:
     taken = adopt(some, every)
     assert exits_of(taken).heads[0].classifier.bias.tolist() == [2.0] * 4  # type: ignore[union-attr]
     assert exits_of(some).heads[0].classifier.bias.tolist() != [2.0] * 4  # type: ignore[union-attr]
+
+
+def kinds_of(plan: Plan) -> list[str]:
+    """The kinds of the plan's heads, as ``build_head`` calls them."""
+    found = []
+    for head in exits_of(plan.model).heads:  # type: ignore[union-attr]
+        mixer = getattr(head, "mixer", None)
+        if isinstance(mixer, LocalPerceptionHead):
+            found.append("lph_a" if mixer.depthwise else "lph_b")
+        elif isinstance(mixer, GlobalAggregationHead):
+            found.append(f"gah{mixer.stride}")
+        else:
+            found.append(type(head).__name__)
+    return found
+
+
+def deep_vit(**sizes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 12, "num_classes": 4, **sizes},
+    ).eval()
+
+
+def test_kinds_of_heads_by_their_number_or_by_their_place() -> None:
+    plan = Plan.of(deep_vit(), (3, 32, 32))
+    for at in ((3, 4, 5, 6, 7, 8, 9, 10), (3, 5, 7, 8, 9, 10), (3, 5, 8, 10), (3, 8), (9, 2, 5)):
+        published = EarlyExit(at=at, heads="published").apply(plan, task())
+        assert kinds_of(published) == head_kinds(len(at))
+    some = EarlyExit(at=(3, 5, 8, 10), heads="published").only(("blocks.5", "blocks.10"))
+    assert kinds_of(some.apply(plan, task())) == ["lph_b", "gah3"]
+    assert some.training_form().apply(plan, task()).decisions[0].at == "blocks.3"
+    assert kinds_of(some.training_form().apply(plan, task())) == head_kinds(4)
+    assert some.only(("blocks.10",)) == replace(some, at=("blocks.10",))
+    # By place, a head is of one kind in every recipe.
+    by_place = {e.at: k for p in [EarlyExit(at=("*",)).apply(plan, task())]
+                for e, k in zip(p.decisions, kinds_of(p), strict=True)}  # fmt: skip
+    assert list(by_place.values()) == head_kinds(len(by_place))
+    assert kinds_of(EarlyExit(at=("blocks.9",)).apply(plan, task())) == [by_place["blocks.9"]]
+
+
+def test_linear_heads_are_the_baseline() -> None:
+    plan = Plan.of(deep_vit(depth=4), (3, 32, 32))
+    changed = EarlyExit(at=(1, 2), heads="linear").apply(plan, task())
+    x = torch.randn(2, 3, 32, 32)
+    seen = {}
+    changed.model.blocks[1].register_forward_hook(lambda m, i, o: seen.update(x=o))
+    with torch.no_grad():
+        early = changed.model(x)[0]
+        torch.testing.assert_close(early, changed.model.exits.heads[0].classifier(seen["x"][:, 0]))
+    cnn = EarlyExit(at=("4",), heads="linear").apply(Plan.of(small_cnn(), (3, 32, 32)), task())
+    assert kinds_of(cnn) == ["LinearExit"]
+    with torch.no_grad():
+        inside = cnn.model[:5](x)
+        torch.testing.assert_close(cnn.model(x)[0], cnn.model.exits.heads[0].classifier(inside.mean((2, 3))))
+
+
+def test_special_tokens_are_read_as_what_they_are() -> None:
+    plan = Plan.of(distilled_vit(), (3, 32, 32))
+    head = exits_of(EarlyExit(at=(2,)).apply(plan, task()).model).heads[0]  # type: ignore[union-attr]
+    assert isinstance(head, TokenExit)
+    assert (head.prefix, head.class_token, head.distillation_classifier is not None) == (2, True, True)
+    registers = deep_vit(depth=4, class_token=False, reg_tokens=2, global_pool="avg")
+    changed = EarlyExit(at=(2,)).apply(Plan.of(registers, (3, 32, 32)), task())
+    head = exits_of(changed.model).heads[0]  # type: ignore[union-attr]
+    assert (head.prefix, head.class_token, head.distillation_classifier) == (2, False, None)
+
+
+def distilled_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=4, num_classes=4
+    ).eval()
+
+
+def small_swin() -> nn.Module:
+    torch.manual_seed(0)
+    return SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(1, 2, 3, 1), num_heads=(1, 2, 2, 4),
+        num_classes=4,
+    ).eval()  # fmt: skip
+
+
+def small_pvt() -> nn.Module:
+    torch.manual_seed(0)
+    return PyramidVisionTransformerV2(
+        depths=(1, 2, 3, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 1, 2, 2), sr_ratios=(4, 2, 1, 1),
+        mlp_ratios=(2, 2, 2, 2), num_classes=4,
+    ).eval()  # fmt: skip
+
+
+class Block(nn.Module):
+    """Answers with a tuple, as blocks of the transformers package do."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(dim), nn.Linear(dim, dim)
+        self.mix = nn.MultiheadAttention(dim, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        y = self.norm(x)
+        x = x + self.mix(y, y, y, need_weights=False)[0]
+        return (x + self.mlp(x).relu(),)
+
+
+class Stage(nn.Module):
+    """Blocks on tokens (B, h w, C), then, in front of another stage, patches merged; answers as transformers' Swin."""
+
+    def __init__(self, dim: int, depth: int, merging: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.downsample = nn.Linear(4 * dim, 2 * dim) if merging else None
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[Any, ...]:
+        for block in self.blocks:
+            x = block(x)[0]
+        before = x
+        if self.downsample is None:
+            return x, before, grid
+        rows, columns = grid
+        x = x.unflatten(1, (rows // 2, 2, columns // 2, 2)).permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+        return self.downsample(x), before, (rows // 2, columns // 2)
+
+
+class Staged(nn.Module):
+    """The public structure of transformers' Swin, inside a user's wrapper: 3 stages of tokens without a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.swin = nn.Module()
+        self.swin.embed = nn.Conv2d(3, 8, 4, 4)
+        self.swin.encoder = nn.Module()
+        self.swin.encoder.layers = nn.ModuleList([Stage(8, 1, True), Stage(16, 3, True), Stage(32, 1, False)])
+        self.swin.layernorm = nn.LayerNorm(32)
+        self.classifier = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.swin.embed(x)
+        grid: tuple[int, int] = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        for stage in self.swin.encoder.layers:
+            x, _, grid = stage(x, grid)
+        return self.classifier(self.swin.layernorm(x).mean(1))
+
+
+class Wrapped(nn.Module):
+    """The public structure of transformers' DeiT, inside a user's wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Module()
+        self.net.embeddings = nn.Module()
+        self.net.embeddings.cls_token = nn.Parameter(torch.randn(1, 1, 64))
+        self.net.embeddings.distillation_token = nn.Parameter(torch.randn(1, 1, 64))
+        patches = nn.Module()
+        patches.image_size, patches.patch_size = (32, 32), (8, 8)
+        patches.projection = nn.Conv2d(3, 64, 8, 8)
+        self.net.embeddings.patch_embeddings = patches
+        self.net.encoder = nn.Module()
+        self.net.encoder.layer = nn.ModuleList(Block(64) for _ in range(5))
+        self.head, self.other = nn.Linear(64, 4), nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inside = self.net.embeddings
+        x = inside.patch_embeddings.projection(x).flatten(2).transpose(1, 2)
+        x = torch.cat((inside.cls_token.expand(len(x), -1, -1), inside.distillation_token.expand(len(x), -1, -1), x), 1)
+        for block in self.net.encoder.layer:
+            x = block(x)[0]
+        return (self.head(x[:, 0]) + self.other(x[:, 1])) / 2
+
+
+@pytest.mark.parametrize(
+    ("make", "side", "numbers", "paths"),
+    [
+        (small_swin, (32, 32), (2, 3, 5), ("layers.1", "layers.2.blocks.0", "layers.2")),
+        (small_pvt, (64, 96), (2, 3), ("stages.1.blocks.1", "stages.2.blocks.0")),
+        (Staged, (32, 48), (1, 3), tuple(f"swin.encoder.layers.1.blocks.{i}" for i in (0, 2))),
+        (Wrapped, (32, 32), (1, 3), tuple(f"net.encoder.layer.{i}" for i in (1, 3))),
+        (distilled_vit, (32, 32), (1, 2), ("blocks.1", "blocks.2")),
+    ],
+)
+def test_transformers_by_their_public_structure(make: Any, side: Any, numbers: Any, paths: Any) -> None:
+    model, shape = make().eval(), (3, *side)
+    known = positions(model, shape)
+    stages = make in (small_swin, small_pvt, Staged)
+    # Behind blocks alone, and in front of what merges patches.
+    assert set(paths) <= set(known)
+    assert not any("downsample" in path or "embed" in path for path in known)
+    of = replace(task(), shape=shape)
+    plan = EarlyExit(at=numbers).apply(Plan.of(model, shape), of)
+    found = [e.at for e in plan.decisions]
+    # A stage that ends with its last block shares that block's place.
+    assert [check_cut(model, shape, a).done for a in found] == [check_cut(model, shape, b).done for b in paths]
+    every = EarlyExit(at=("*",)).apply(Plan.of(model, shape), of)
+    assert kinds_of(every) == head_kinds(len(known), maps=stages)
+    heads = exits_of(every.model).heads  # type: ignore[union-attr]
+    assert all(isinstance(head, MapExit if stages else TokenExit) for head in heads)
+    if not stages:
+        assert all((head.prefix, head.distillation_classifier is not None) == (2, True) for head in heads)
+    x = torch.randn(2, *shape)
+    with torch.no_grad():
+        answers = every.model(x)
+        assert [tuple(a.shape) for a in answers] == [(2, 4)] * (len(known) + 1)
+        torch.testing.assert_close(answers[-1], model(x))
+    # Both ways of training take it: the loss is there, and reaches heads that read tokens.
+    method = Recovery(terms=(ExitDistillation(),))
+    method.prepare(every.model, of)
+    loss = method.loss(every.model, x, torch.tensor([0, 1]), of)
+    loss.backward()
+    assert all(p.grad is not None for p in exits_of(every.model).parameters())  # type: ignore[union-attr]
+    if make is Staged:
+        with pytest.raises(NotApplicable, match=r"'swin\.encoder\.layers\.0' answers with several tensors"):
+            EarlyExit(at=("swin.encoder.layers.0",)).apply(Plan.of(model, shape), of)
+
+
+@pytest.mark.parametrize(("make", "side"), [(Wrapped, (32, 32)), (Staged, (32, 48))])
+def test_blocks_that_answer_with_tuples_are_cut(make: Any, side: Any, tmp_path: Any) -> None:
+    model, shape = make().eval(), (3, *side)
+    plan = EarlyExit(at=(1, 3)).apply(Plan.of(model, shape), replace(task(), shape=shape))
+    artifact = export_plan(plan, Target("openvino", "cpu", 2, 1), tmp_path / "a", shape=shape)
+    inputs = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
+    answers, scores = run_stages(artifact, inputs, 1)
+    with torch.no_grad():
+        for own, other in zip(answers, plan.model(torch.from_numpy(inputs)), strict=True):
+            np.testing.assert_allclose(own, other.numpy(), atol=1e-4)
+    assert scores.shape == (4, 2)
+
+
+def test_a_class_token_of_the_last_stage_is_read() -> None:
+    torch.manual_seed(0)
+    model = create_model("cvt_13_224", dims=(8, 12, 16), heads=(1, 3, 2), depths=(1, 1, 3), num_classes=4).eval()
+    plan = EarlyExit(at=(1, 3)).apply(Plan.of(model, (3, 64, 64)), replace(task(), shape=(3, 64, 64)))
+    assert [e.at for e in plan.decisions] == ["stage1.blocks.0", "stage2.blocks.1"]
+    first, second = exits_of(plan.model).heads  # type: ignore[union-attr]
+    assert isinstance(first, MapExit)
+    assert isinstance(second, TokenExit)
+    assert (second.prefix, second.class_token, second.grid) == (1, True, (4, 4))
+
+
+def test_a_stage_of_a_transformer_is_a_map_of_tokens() -> None:
+    plan = EarlyExit(at=("stages.1",)).apply(Plan.of(small_pvt(), (3, 64, 64)), replace(task(), shape=(3, 64, 64)))
+    (head,) = exits_of(plan.model).heads  # type: ignore[union-attr]
+    assert isinstance(head, MapExit)
+    assert head.channels_first
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "Swin"])
+def test_models_of_the_transformers_package(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"image_size": 32, "num_labels": 4}
+    if name == "Swin":
+        config = transformers.SwinConfig(patch_size=2, embed_dim=16, depths=[1, 2, 2], num_heads=[1, 2, 2],
+                                         window_size=4, **sizes)  # fmt: skip
+        inner = transformers.SwinForImageClassification(config)
+    else:
+        kind = {"ViT": "ViTForImageClassification", "DeiT": "DeiTForImageClassificationWithTeacher"}[name]
+        config = getattr(transformers, f"{name}Config")(
+            patch_size=8, hidden_size=32, num_hidden_layers=5, num_attention_heads=2, intermediate_size=64, **sizes
+        )
+        inner = getattr(transformers, kind)(config)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x).logits
+
+    model = Logits().eval()
+    known = positions(model, (3, 32, 32))
+    assert len(known) >= 2
+    plan = EarlyExit(at=("*",)).apply(Plan.of(model, (3, 32, 32)), task())
+    heads = exits_of(plan.model).heads  # type: ignore[union-attr]
+    assert all(isinstance(head, MapExit if name == "Swin" else TokenExit) for head in heads)
+    if name != "Swin":
+        prefix = 1 + (name == "DeiT")
+        assert all((h.prefix, h.distillation_classifier is not None) == (prefix, prefix == 2) for h in heads)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plan.model(x)[-1], model(x))
+
+
+def test_both_stages_of_training(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    plan, of = Plan.of(deep_vit(depth=4), (3, 32, 32)), task()
+    both = EarlyExit(at=(1, 2), train="both")
+    terms = both.apply(plan, of).recovery
+    assert terms == (AlternatingExits(), Afterwards(ExitDistillation()))
+    assert EarlyExit(at=(1, 2), train="all").apply(plan, of).recovery == (AlternatingExits(),)
+    assert str(training_form(Recipe((both,)))) == "early_exit(at=('*',), train='both')"
+    recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=2, seconds=None, seed=0)
+    events: list[Any] = []
+    recoverer.progress = events.append
+    found = recoverer.recover(Recipe((both,)), both.apply(plan, of))
+    assert [e.epoch for e in events] == [1, 2, 1, 2]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # nothing else is left
+    trained, fresh = found.model.state_dict(), both.apply(plan, of).model.state_dict()
+    moved = {key for key in trained if not torch.equal(trained[key], fresh[key])}
+    assert "blocks.0.attn.qkv.weight" in moved
+    assert "exits.heads.0.classifier.weight" in moved
+    # The second training leaves the backbone as the first left it.
+    alone = Recoverer(plan, of, TARGET, tmp_path / "one", epochs=2, seconds=None, seed=0)
+    fits: list[Any] = []
+    real = alone._fit
+
+    def watched(model: nn.Module, method: Any, folder: Any, seed: int) -> None:
+        fits.append((method, {k: v.clone() for k, v in model.state_dict().items()}))
+        real(model, method, folder, seed)
+
+    alone._fit = watched  # type: ignore[method-assign]
+    alone.recover(Recipe((both,)), both.apply(plan, of))
+    (first, _), (second, before) = fits
+    assert first.original is plan.model
+    assert first.terms == (AlternatingExits(),)  # which teaches the model's own answer, so that nothing else need
+    assert second.original is None
+    assert all(torch.equal(before[key], trained[key]) for key in before if not key.startswith("exits."))
+    # A search that only chooses among the places trains nothing anew.
+    less = EarlyExit(at=(2,), train="both", risk=2.0)
+    recoverer.recover(Recipe((less,)), less.apply(plan, of))
+    assert len(events) == 4
+
+
+def test_a_second_training_that_was_killed_goes_on(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    plan, of = Plan.of(deep_vit(depth=3), (3, 32, 32)), task()
+    both = EarlyExit(at=(1,), train="both")
+    recipe = Recipe((both,))
+    whole = Recoverer(plan, of, TARGET, tmp_path / "whole", epochs=2, seconds=None, seed=0)
+    want = whole.recover(recipe, both.apply(plan, of)).model.state_dict()
+
+    class Stop(Exception):
+        pass
+
+    seen: list[Any] = []
+
+    def stop(event: Any) -> None:
+        seen.append(event)
+        if len(seen) in (1, 3):  # after an epoch of the first training, and after one of the second
+            raise Stop
+
+    killed = Recoverer(plan, of, TARGET, tmp_path / "killed", epochs=2, seconds=None, seed=0, progress=stop)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            killed.recover(recipe, both.apply(plan, of))
+    found = killed.recover(recipe, both.apply(plan, of)).model.state_dict()
+    assert len(seen) == 4
+    assert all(torch.equal(found[key], want[key]) for key in want)
+
+
+def test_depths_are_operations_where_blocks_cannot_be_counted() -> None:
+    plan = EarlyExit(at=("4", "11"), train="both").apply(Plan.of(small_cnn(), (3, 32, 32)), task())
+    first = plan.recovery[0]
+    assert first.blocks == 1.0
+    assert first.depths == tuple(check_cut(small_cnn(), (3, 32, 32), p).done for p in ("4", "11"))
+    exits = exits_of(plan.model)
+    assert exits is not None
+    assert not exits.detached
+
+
+def test_exits_where_nobody_leaves_count_for_patience() -> None:
+    patient = EarlyExit(at=(1, 2, 3), rule="patience")
+    assert patient.only(("blocks.3",)) is patient
+    assert EarlyExit(at=(1, 2, 3)).only(("blocks.3",)).at == ("blocks.3",)
+    plan = replace(patient, rule="patient_and_confident").apply(Plan.of(small_vit(), (3, 32, 32)), task())
+    assert [(e.rule, e.patience) for e in plan.decisions] == [("patient_and_confident", 2)] * 3
+    assert patient.training_form() == EarlyExit(at=("*",))
+
+
+@pytest.mark.parametrize("name", ["lgvit_vit_base", "lgvit_deit_small", "lgvit_swin_base"])
+def test_a_model_leaves_through_the_exits_it_arrived_with(name: str) -> None:
+    sizes: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "num_heads": 2, "num_classes": 4, "exits": (2, 3, 5)}
+    if name == "lgvit_swin_base":
+        sizes |= {"patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 2, 2, 4), "depths": (1, 1, 4, 1)}
+    else:
+        sizes |= {"depth": 6}
+    torch.manual_seed(0)
+    ready = create_model(name, **sizes).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = ready(x)
+    model = put_away_exits(copy.deepcopy(ready))
+    plan = Plan.of(model, (3, 32, 32))
+    assert EarlyExit.space(plan, TARGET)["at"][0] == (ready.exits.positions[0],)
+    changed = EarlyExit().apply(plan, task())
+    assert [e.at for e in changed.decisions] == list(ready.exits.positions)
+    assert changed.recovery == ()  # they are trained
+    with torch.no_grad():
+        for own, other in zip(changed.model(x), want, strict=True):
+            torch.testing.assert_close(own, other)
+        some = EarlyExit(at=(1, 4)).apply(plan, task())
+        for own, other in zip(some.model(x), (want[0], want[2], want[3]), strict=True):
+            torch.testing.assert_close(own, other)
+    with pytest.raises(NotApplicable, match="arrives with trained exits behind .*, and none behind"):
+        EarlyExit(at=(3,)).apply(plan, task())
+    fresh = EarlyExit(at=(3,), heads="linear").apply(plan, task())
+    assert kinds_of(fresh) == ["LinearExit"]
+    # Where the model is trained for another's sake, and where it is asked for, they are trained on.
+    assert EarlyExit().apply(plan.with_recovery(Answers()), task()).recovery == (Answers(), ExitDistillation())
+    if name != "lgvit_swin_base":
+        assert EarlyExit(train="all").apply(plan, task()).recovery == (AlternatingExits(),)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -96,6 +97,8 @@ class AlternatingExits(Term):
     is counted in the model (``Exits.steps``, a buffer), so that a resumed training alternates as an uninterrupted one.
     Without labels the original's most likely class stands for them. The exits must not be detached.
     """
+
+    own_answer: ClassVar[bool] = True
 
     depths: tuple[float, ...] = ()
     blocks: float = 0
@@ -234,7 +237,7 @@ class ExitDistillation(Term):
         head = exits.heads[index]
         assert isinstance(head, TokenExit)
         own = student.features[_mixer(index)]
-        last = teacher.features[self._last(model, exits)]
+        last = self._tokens(teacher, self._last(model, exits))
         stride = getattr(head.mixer, "stride", 1)
         if (
             last.ndim != 3
@@ -247,6 +250,13 @@ class ExitDistillation(Term):
                 f"tokens of {own.shape[2]} channels; set beta_het=0 for a model of other widths than the original's"
             )
         return heterogeneous_loss(own, subsample(last[:, head.prefix :], head.grid, stride))
+
+    @staticmethod
+    def _tokens(teacher: Seen, path: str) -> torch.Tensor:
+        found = teacher.features[path]
+        if not isinstance(found, torch.Tensor):
+            raise LissomError(f"the original's {path!r} answers with several tensors; name its last block in last=")
+        return found
 
     def _mixing(self, exits: Exits) -> tuple[list[int], list[int]]:
         """The numbers of the heads that mix tokens by convolutions, and of those that do by attention."""
@@ -274,7 +284,7 @@ class ExitDistillation(Term):
         """The logits that KD learns from, (B, classes)."""
         if self.final == "normed":
             return teacher.answer
-        last = teacher.features[self._last(model, exits)]
+        last = self._tokens(teacher, self._last(model, exits))
         with torch.no_grad():
             answers = [head(last[:, place]) for place, head in enumerate(_classifiers(model))]
         return torch.stack(answers).mean(0)

@@ -89,17 +89,25 @@ class MultiExitKD(Method):
 
 @dataclass(frozen=True)
 class OwnExits(Term):
-    """Of a recovery: a network's own exits go on learning, from labels and from the original's last answer.
+    """Of a recovery: a network's own exits learn, from labels and from a better answer.
 
-    Without labels from that answer alone. The network's last answer is another term's (``Answers``).
+    ``weights`` are of the exits' own losses, one an exit; () is ``weight`` for all of them. ``taught_by``: "original",
+    the original's last answer teaches them; "last", the network's own last answer does, as in the paper, without a
+    gradient. Without labels they learn from that alone. The network's last answer is another term's (``Answers``).
     """
 
     weight: float = 0.5
     alpha: float = 0.5
     temperature: float = 1.0
+    weights: tuple[float, ...] = ()
+    taught_by: str = "original"
 
     def __post_init__(self) -> None:
         _check(self.alpha, self.temperature)
+        if min((self.weight, *self.weights)) < 0:
+            raise LissomError(f"weights of exits are at least 0, not {self.weights or self.weight}")
+        if self.taught_by not in ("original", "last"):
+            raise LissomError(f"exits learn from the 'original' or from the 'last' answer, not {self.taught_by!r}")
 
     def parameters(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """All of them: the exits' gradients reach into the network."""
@@ -111,7 +119,12 @@ class OwnExits(Term):
         early = student.answers[:-1]
         if not early:
             raise LissomError("OwnExits trains exits, and the model answers once; attach_own_exits opens its exits")
-        loss = self.alpha * kd_term(early, teacher.answer, self.temperature)
+        weights = self.weights or (self.weight,) * len(early)
+        if len(weights) != len(early):
+            raise LissomError(f"OwnExits has {len(weights)} weights for {len(early)} exits; give one an exit")
+        given = teacher.answer if self.taught_by == "original" else student.answer
+        loss = self.alpha * kd_term(early, given, self.temperature)
         if targets is None:
             return loss
-        return loss + self.weight * torch.stack([task.loss(answer, targets) for answer in early]).sum()
+        own = [weight * task.loss(answer, targets) for weight, answer in zip(weights, early, strict=True)]
+        return loss + torch.stack(own).sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning_fabric.wrappers import _FabricModule
@@ -17,10 +17,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lissom.errors import LissomError
+from lissom.layers.exits import first_tensor
 from lissom.tasks.task import Task
 from lissom.training.methods.base import Method
 
-__all__ = ["Answers", "Recovery", "Seen", "Term"]
+__all__ = ["Afterwards", "Answers", "Recovery", "Seen", "Term"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class Term:
     """One part of the loss of a recovery: a frozen dataclass whose fields are its settings.
 
     ``student`` and ``teacher`` name the modules whose outputs ``loss`` reads, by path. A term that must look at the
-    models to know them overrides ``reads``.
+    models to know them overrides ``reads``. ``own_answer``: the loss teaches the model's own answer too, so that no
+    other term need do it.
     """
+
+    own_answer: ClassVar[bool] = False
 
     def student(self) -> Sequence[str]:
         return ()
@@ -75,6 +79,8 @@ class Answers(Term):
     Without labels alpha counts as 1. For segmentation the answers are maps (B, classes, H, W), softmax over classes.
     """
 
+    own_answer: ClassVar[bool] = True
+
     temperature: float = 2.0
     alpha: float = 0.7
 
@@ -86,6 +92,14 @@ class Answers(Term):
         if targets is None or self.alpha == 1:
             return soft
         return self.alpha * soft + (1 - self.alpha) * task.loss(student.answer, targets)
+
+
+@dataclass(frozen=True)
+class Afterwards(Term):
+    """A ``term`` for exits' heads that waits for a second training: when the first is done, the heads alone are trained
+    by such terms, on detached features, with the trained model as the teacher."""
+
+    term: Term = field(default_factory=Term)
 
 
 def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -113,6 +127,8 @@ class Recovery(Method):
             raise LissomError("a recovery learns from the original model: give original=, another than the model")
         if not self.terms:
             raise LissomError("a recovery without terms has nothing to learn")
+        if any(isinstance(term, Afterwards) for term in self.terms):
+            raise LissomError("a recovery is one training; what comes afterwards takes a second one")
         original = model if self.original is None else self.original
         if self.original is None:
             heads = getattr(model, "exits", None)
@@ -141,7 +157,7 @@ class Recovery(Method):
         if self.original is None:
             reads = [term.reads(inner, inner) for term in self.terms]
             student = _look(model, inputs, [path for pair in reads for paths in pair for path in paths])
-            seen = {path: feature.detach() for path, feature in student.features.items()}
+            seen = {p: f.detach() if isinstance(f, torch.Tensor) else f for p, f in student.features.items()}
             teacher = Seen(tuple(answer.detach() for answer in student.answers), seen)
         else:
             original = self.original.to(inputs.device).eval()
@@ -168,7 +184,8 @@ def _look(model: nn.Module, inputs: torch.Tensor, paths: Iterable[str]) -> Seen:
     for path in dict.fromkeys(paths):
 
         def keep(module: nn.Module, arguments: Any, output: Any, path: str = path) -> None:
-            features[path] = output
+            found = first_tensor(output)
+            features[path] = output if found is None else found
 
         handles.append(inner.get_submodule(path).register_forward_hook(keep))
     try:
