@@ -20,8 +20,9 @@ from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES
 from lissom.techniques.recipe import Recipe
-from lissom.training.loop import FitEvent, fit
-from lissom.training.methods.recovery import Answers, Recovery
+from lissom.training.loop import FitEvent
+from lissom.training.methods.recovery import Answers, Phase
+from lissom.training.phases import fit_phases
 
 __all__ = ["Recoverer"]
 
@@ -33,7 +34,8 @@ class Recoverer:
     """Trains plans that ask for it; ``folder`` keeps the weights, so that a resumed run trains nothing twice.
 
     A training lasts at most ``epochs`` epochs, ``steps`` steps and ``seconds`` (None: no limit; with a limit
-    in seconds, results depend on the machine's speed). Its seed is a hash of ``seed``, the recipe and the data's name.
+    in seconds, results depend on the machine's speed). Where it has phases, epochs and steps are multiplied by each
+    one's length, and they share the seconds. Its seed is a hash of ``seed``, the recipe and the data's name.
     """
 
     def __init__(
@@ -79,27 +81,19 @@ class Recoverer:
 
     def _train(self, plan: Plan, path: Path, folder: Path, seed: int) -> None:
         model = plan.model
-        exits = exits_of(model)
-        heads = {id(p) for p in exits.parameters()} if exits is not None else set()
-        terms = list(plan.recovery)
-        rest = {id(p) for term in terms for p in term.parameters(model)} - heads
-        if rest:
-            terms.insert(0, Answers())
-        # Heads alone learn from the model they stand on: a second forward pass of the same weights is saved.
-        alone = not rest and plan.model is not self.plan.model and _same_backbone(model, self.plan.model)
-        method = Recovery(None if alone else self.plan.model, tuple(terms))
-        fit(
+        phases, original = self._phases(plan)
+        fit_phases(
             model,
             self.task,
-            method=method,
+            phases,
+            original=original,
             epochs=self.epochs,
+            max_steps=self.steps,
+            time_limit=self.seconds,
             batch=BATCH,
             lr=LEARNING_RATE,
             seed=seed,
             folder=folder,
-            resume=folder.exists(),
-            time_limit=self.seconds,
-            max_steps=self.steps,
             progress=self.progress,
             threads=self.threads,
             precision="auto",
@@ -108,6 +102,26 @@ class Recoverer:
         save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fresh)
         os.replace(fresh, path)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _phases(self, plan: Plan) -> tuple[tuple[Phase, ...], nn.Module | None]:
+        """What the plan asks for as phases, and the model they learn from; None where heads learn from their own."""
+        own = tuple(asked for asked in plan.recovery if isinstance(asked, Phase))
+        if own:
+            if len(own) < len(plan.recovery):
+                raise NotApplicable(
+                    "one technique of this recipe trains in phases and another all at once; leave one of the two out"
+                )
+            return own, self.plan.model
+        model = plan.model
+        exits = exits_of(model)
+        heads = {id(p) for p in exits.parameters()} if exits is not None else set()
+        terms = list(plan.recovery)
+        rest = {id(p) for term in terms for p in term.parameters(model)} - heads
+        if rest:
+            terms.insert(0, Answers())
+        # Heads alone learn from the model they stand on: a second forward pass of the same weights is saved.
+        alone = not rest and plan.model is not self.plan.model and _same_backbone(model, self.plan.model)
+        return (Phase(tuple(terms)),), None if alone else self.plan.model
 
 
 def training_form(recipe: Recipe, places: tuple[str, ...] = ()) -> Recipe:
