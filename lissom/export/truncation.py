@@ -40,14 +40,13 @@ def truncate(model: nn.Module, shape: tuple[int, ...], path: str) -> nn.Module:
     last = next((node for node in reversed(graph.nodes) if _inside(node, path)), None)
     if last is None:
         raise NotApplicable(f"the model cannot be taken apart behind {path!r}, which is never called")
+    behind = True
     for node in reversed(list(graph.nodes)):
-        if node is last:
-            break
-        graph.erase_node(node)  # with it goes the model's own output, so that nothing uses what is left behind
+        behind = behind and node is not last
+        if behind or (node is not last and not node.users and not _changes_something(node)):
+            graph.erase_node(node)
     graph.output(last)
-    graph.eliminate_dead_code()
     part = fx.GraphModule(model, graph, f"{type(model).__name__}Part").eval()
-    part.recompile()
     _check(model, part, shape, path)
     return part
 
@@ -70,6 +69,13 @@ def _inside(node: fx.Node, path: str) -> bool:
     return node.op in ("call_function", "call_method") and any(entry[0] == path for entry in stack.values())
 
 
+def _changes_something(node: fx.Node) -> bool:
+    """Whether a node is there for more than its answer: the input, and what writes into a tensor."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    writes = node.op in ("call_method", "call_function") and (name == "setitem" or name.endswith("_"))
+    return node.op == "placeholder" or writes
+
+
 @torch.no_grad()
 def _check(model: nn.Module, part: nn.Module, shape: tuple[int, ...], path: str) -> None:
     found: list[Any] = []
@@ -77,6 +83,7 @@ def _check(model: nn.Module, part: nn.Module, shape: tuple[int, ...], path: str)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
         model(x)
+        handle.remove()  # the part has the same modules
         own = part(x)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

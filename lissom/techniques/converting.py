@@ -25,7 +25,7 @@ from lissom.export.capture import clone
 from lissom.export.plan import Exit, Plan
 from lissom.export.truncation import truncate
 from lissom.layers.converting import ConvertingAutoencoder
-from lissom.layers.exits import NAME, Exits, exits_of, own_exits
+from lissom.layers.exits import NAME, Exits, exits_of, own_exits, remove_exits
 from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
@@ -64,6 +64,8 @@ class Converting(Technique):
         "leave one of the two out",
         "low_rank": "its training compares features of one image in two networks, and converting shows the network "
         "another image; leave one of the two out",
+        "token_clustering": "converting takes a part out of the network, and a clustering, which hangs on its modules by "
+        "hooks, cannot go with it; leave one of the two out",
     }
 
     at: str | int | None = None
@@ -183,11 +185,10 @@ class Converting(Technique):
 
 
 def _answering(model: nn.Module, at: str) -> nn.Module:
-    """The model, or a copy that answers at its own exit ``at`` whatever mode it is in."""
-    if not own_exits(model):
-        return model
-    model = clone(model)
-    model.add_module(NAME, Exits([at], [nn.Identity()], detached=False))  # what it goes by; hooks could not be followed
+    """A copy that answers once, and in whatever mode runs its own exit ``at``, where it has any."""
+    model = remove_exits(clone(model))
+    if own_exits(model):
+        model.add_module(NAME, Exits([at], [nn.Identity()], detached=False))  # without hooks, which cannot be followed
     return model
 
 

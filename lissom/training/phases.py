@@ -31,7 +31,8 @@ def fit_phases(
     progress: Callable[[FitEvent], None] | None = None,
     **settings: Any,
 ) -> tuple[FitResult, ...]:
-    """Train ``model`` in place, phase by phase, each a ``Recovery`` from ``original``; one result a phase.
+    """Train ``model`` in place, phase by phase, each a ``Recovery`` from ``original``; one result a phase. It is left in
+    evaluation mode.
 
     A phase lasts ``epochs`` and ``max_steps`` times its length, at least one of each; of ``time_limit``, in seconds for
     all together, it has a share in proportion to its length. ``folder`` keeps a checkpoint a phase, in a folder of its
@@ -66,6 +67,7 @@ def fit_phases(
                 **settings,
             )
         )
+    model.eval()
     return tuple(results)
 
 

@@ -16,21 +16,13 @@ from lissom.runtime.artifact import Artifact
 sys.path.insert(0, str(Path(__file__).parent))
 import standin
 
-from tests.techniques.test_converting import cnn, task
+from tests.techniques.test_converting import cnn, task, trained
 
-RECIPE = "converting(hidden=(24,), code=8)"
-
-
-def trained():
-    from lissom.training.loop import fit
-
-    net = cnn()
-    fit(net, task(), epochs=4, batch=16, augment=False)
-    return net
+RECIPE = "converting(hidden=(48,), code=8)"
 
 
 def test_from_the_recipe_to_the_artifact(tmp_path: Path) -> None:
-    net, of = trained(), task()
+    net, of = trained(cnn), task()
     result = standin.run(tmp_path / "r", net=net, task=of, recipe=f"{RECIPE} + int8(model_type='plain')")
     given = next(t for t in result.trials if t.role == "given")
     assert given.ok, given.reason
@@ -57,14 +49,14 @@ def test_what_it_is_not_for_is_a_row_with_its_reason(tmp_path: Path) -> None:
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from tests.slimming.test_converting import RECIPE, standin, trained, task
+from tests.slimming.test_converting import RECIPE, cnn, standin, task, trained
 seen = []
 def progress(event):
     seen.append(event.kind)
     if seen.count("epoch") == int(os.environ.get("KILL_AT", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
 folder = Path(sys.argv[1])
-standin.run(folder, net=trained(), task=task(), recipe=RECIPE, resume=folder.exists(), progress=progress)
+standin.run(folder, net=trained(cnn), task=task(), recipe=RECIPE, resume=folder.exists(), progress=progress)
 """
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +27,13 @@ from lissom.tasks.task import Task
 from lissom.techniques.converting import Converting
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer
-from lissom.training.loop import FitEvent
+from lissom.training.loop import FitEvent, evaluate, fit
 from lissom.training.methods.cbnet import Conversion, exit_entropy
 from lissom.training.methods.recovery import Answers, Phase
 
 TARGET = Target("openvino", "cpu", 1, 1)
 SHAPE = (1, 12, 12)
-SMALL = Converting(hidden=(24,), code=8)
+SMALL = Converting(hidden=(48,), code=8)
 
 
 def cnn() -> nn.Module:
@@ -55,19 +57,21 @@ def lenet() -> nn.Module:
 
 
 def images(name: str, count: int, seed: int, labelled: bool = True) -> ArraySplit:
-    """A bright quarter of four, in noise; pixels from 0 to 1, normalised by 0.5 and 0.25."""
+    """The lower half, the right one, where both meet, or all of it bright, in noise; pixels from 0 to 1, normalised by 0.5 and 0.25."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 4, count)
-    x = rng.uniform(0, 0.5, (count, *SHAPE)).astype(np.float32)
-    for image, label in zip(x, y, strict=True):
-        image[0, 6 * (label // 2) :, 6 * (label % 2) :][:6, :6] += 0.5
+    x = rng.uniform(0, 0.4, (count, *SHAPE)).astype(np.float32)
+    rows, columns = np.indices((12, 12)) // 6
+    patterns = np.stack([rows, columns, rows & columns, np.ones((12, 12))]).astype(np.float32)
+    x[:, 0] += 0.6 * patterns[y]
     return ArraySplit(name, (x - 0.5) / 0.25, y.astype(np.int64) if labelled else None)
 
 
 def task(labelled: bool = True) -> Task:
-    parts = {name: images(name, 160, i, labelled) for i, name in enumerate(("fit", "choose", "report"))}
+    sizes = {"fit": 1280, "choose": 160, "report": 160}
+    parts = {name: images(name, count, i, labelled) for i, (name, count) in enumerate(sizes.items())}
     known = Preprocessing(12, 12, 1, mean=(0.5,), std=(0.25,))
-    return Task(**parts, shape=SHAPE, classes=tuple("abcd"), preprocessing=known, name="quarters")  # type: ignore[arg-type]
+    return Task(**parts, shape=SHAPE, classes=tuple("abcd"), preprocessing=known, name="patterns")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("make", "head"), [(cnn, True), (vit, True), (lenet, False)])
@@ -104,7 +108,7 @@ def test_operations_add_up_and_are_the_same_for_all() -> None:
     changed = SMALL.apply(Plan.of(cnn(), SHAPE), task())
     autoencoder, light = changed.model
     macs = total(changed.model, SHAPE)[1]
-    assert autoencoder.macs == 144 * 24 + 24 * 8 + 8 * 144
+    assert autoencoder.macs == 144 * 48 + 48 * 8 + 8 * 144
     assert macs == total(autoencoder, SHAPE)[1] + total(light, SHAPE)[1] == autoencoder.macs + total(light, SHAPE)[1]
     assert macs < total(cnn(), SHAPE)[1]
     paths = {cost.path for cost in layer_costs(changed.model, SHAPE) if cost.macs}
@@ -116,19 +120,17 @@ def test_a_networks_own_exit_is_taken_as_it_is() -> None:
     changed = SMALL.apply(Plan.of(model, SHAPE), task())
     x = torch.randn(3, *SHAPE)
     with torch.no_grad():
-        early = attach_own_exits(model)(x)[0]
+        early = attach_own_exits(copy.deepcopy(model))(x)[0]
         torch.testing.assert_close(changed.model.light(x), early)  # type: ignore[operator]
     assert not any("rest" in name or name.endswith("head") for name in changed.model.state_dict())
-    assert str(Converting(at=1).apply(Plan.of(lenet(), SHAPE), task()).notes) == str(
-        Converting().apply(Plan.of(lenet(), SHAPE), task()).notes
-    )
+    assert replace(SMALL, at=1).apply(Plan.of(lenet(), SHAPE), task()).notes == changed.notes
 
 
 def test_text_and_back_and_where_the_network_ends() -> None:
-    recipe = Recipe.parse("converting(at='6', hidden=(24,), code=8, target='keep') + int8()")
+    recipe = Recipe.parse("converting(at='6', hidden=(48,), code=8, target='keep') + int8()")
     technique = recipe.techniques[0]
-    assert technique == Converting(at="6", hidden=(24,), code=8, target="keep")
-    assert str(technique) == "converting(at='6', hidden=(24,), code=8, target='keep')"
+    assert technique == Converting(at="6", hidden=(48,), code=8, target="keep")
+    assert str(technique) == "converting(at='6', hidden=(48,), code=8, target='keep')"
     changed = technique.apply(Plan.of(cnn(), SHAPE), task())
     assert [int(name) for name, _ in changed.model.light.stem.named_children()] == list(range(7))
     assert "up to 6" in changed.notes[0]
@@ -170,15 +172,15 @@ def test_what_is_refused() -> None:
     assert "no place in its middle" in refusal(SMALL, shallow, task())
     with pytest.raises(NotApplicable, match="answers once"):
         SMALL.check(replace(plan, decisions=(object(),)), TARGET)  # type: ignore[arg-type]
-    for other in ("early_exit()", "low_rank()"):
+    for other in ("early_exit()", "low_rank()", "token_clustering()"):
         with pytest.raises(NotApplicable, match="leave one of the two out"):
-            Recipe.parse(f"converting() + {other}").check(plan, TARGET)
+            Recipe.parse(f"converting() + {other}").check(Plan.of(vit(), SHAPE), TARGET)
 
 
 def test_colours_may_be_forced() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
-                          nn.Flatten(), nn.Linear(32 * 64, 4)).eval()  # fmt: skip
+    convolutions = [nn.Sequential(nn.Conv2d(c, 16, 3, padding=1), nn.ReLU()) for c in (3, 16, 16, 16)]
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * 64, 4)).eval()
     of = replace(task(), shape=(3, 8, 8), preprocessing=Preprocessing(8, 8))
     changed = replace(SMALL, force=True).apply(Plan.of(model, (3, 8, 8)), of)
     assert changed.model(torch.randn(2, 3, 8, 8)).shape == (2, 4)
@@ -203,6 +205,13 @@ def test_wrong_knobs_are_told(wrong) -> None:  # type: ignore[no-untyped-def]
 # Training
 
 
+@functools.cache
+def trained(make) -> nn.Module:  # type: ignore[no-untyped-def]
+    model = make()
+    fit(model, task(), epochs=3, batch=32, lr=3e-3, augment=False, threads=1)
+    return model
+
+
 def recoverer(model: nn.Module, of: Task, folder: Path, progress=None) -> Recoverer:  # type: ignore[no-untyped-def]
     return Recoverer(
         Plan.of(model, SHAPE), of, TARGET, folder, epochs=5, seconds=None, seed=0, progress=progress, threads=1
@@ -211,46 +220,42 @@ def recoverer(model: nn.Module, of: Task, folder: Path, progress=None) -> Recove
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_one_recovery_trains_head_autoencoder_and_light_network(tmp_path, labelled) -> None:  # type: ignore[no-untyped-def]
-    from lissom.training.loop import evaluate, fit
-
-    model, of = cnn(), task()
-    fit(model, of, epochs=6, batch=16, augment=False)
-    of = of if labelled else task(labelled=False)
+    model, of = trained(cnn), task(labelled)
     told: list[FitEvent] = []
     maker = recoverer(model, of, tmp_path, told.append)
     recipe = Recipe((SMALL,))
     fresh = recipe.apply(maker.plan, of, TARGET)
-    trained = maker.recover(recipe, fresh)
+    made = maker.recover(recipe, fresh)
     assert [e.epoch for e in told] == list(range(1, 22))
     assert {e.epochs for e in told} == {21}
     assert [p.name for p in tmp_path.iterdir()] == [p.name for p in tmp_path.glob("*.safetensors")]
-    changed = {k for k, v in trained.model.state_dict().items() if not torch.equal(v, fresh.model.state_dict()[k])}
+    changed = {k for k, v in made.model.state_dict().items() if not torch.equal(v, fresh.model.state_dict()[k])}
     assert any(k.startswith("autoencoder.encoder") for k in changed)
     assert {"light.head.classifier.weight", "light.stem.0.weight"} <= changed
     assert not changed & {"autoencoder.pixels.mean", "autoencoder.pixels.std"}
     judged = task()
-    assert evaluate(trained.model, judged, judged.report).value > 60
+    assert evaluate(made.model, judged, judged.report).value > 50  # of four classes, after 150 steps of the autoencoder
     # A second trial with the recipe trains nothing.
     again = maker.recover(recipe, fresh)
     assert len(told) == 21
-    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), trained.model.state_dict().values(),
+    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), made.model.state_dict().values(),
                                                  strict=True))  # fmt: skip
     # What conversion means: more images pass the exit than before.
     x = torch.from_numpy(judged.report.inputs(slice(None)))
     with torch.no_grad():
-        raw, made = trained.model.light(x), trained.model(x)
-    assert float(exit_entropy(made).mean()) < float(exit_entropy(raw).mean())
+        raw, easy = made.model.light(x), made.model(x)
+    assert float(exit_entropy(easy).mean()) < float(exit_entropy(raw).mean())
 
 
 def test_without_fine_tuning_the_light_network_is_the_exit(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    model, of = lenet(), task()
+    model, of = trained(lenet), task()
     technique = replace(SMALL, finetune=0)
     recipe = Recipe((technique,))
     maker = recoverer(model, of, tmp_path)
-    trained = maker.recover(recipe, recipe.apply(maker.plan, of, TARGET))
+    made = maker.recover(recipe, recipe.apply(maker.plan, of, TARGET))
     x = torch.randn(3, *SHAPE)
     with torch.no_grad():
-        torch.testing.assert_close(trained.model.light(x), attach_own_exits(model)(x)[0])
+        torch.testing.assert_close(made.model.light(x), attach_own_exits(copy.deepcopy(model))(x)[0])
 
 
 class Stop(Exception):
@@ -261,8 +266,8 @@ class Stop(Exception):
 def test_a_killed_recovery_goes_on_as_it_would_have(tmp_path, at) -> None:  # type: ignore[no-untyped-def]
     of, recipe = task(), Recipe((SMALL,))
 
-    def trained(folder: str, progress=None) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
-        maker = recoverer(cnn(), of, tmp_path / folder, progress)
+    def recovered(folder: str, progress=None) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+        maker = recoverer(trained(cnn), of, tmp_path / folder, progress)
         return maker.recover(recipe, recipe.apply(maker.plan, of, TARGET)).model.state_dict()
 
     def stop(event: FitEvent) -> None:
@@ -270,48 +275,44 @@ def test_a_killed_recovery_goes_on_as_it_would_have(tmp_path, at) -> None:  # ty
             raise Stop
 
     with pytest.raises(Stop):
-        trained("killed", stop)
-    whole, resumed = trained("whole"), trained("killed")
+        recovered("killed", stop)
+    whole, resumed = recovered("whole"), recovered("killed")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_a_technique_that_trains_all_at_once_cannot_join(tmp_path) -> None:  # type: ignore[no-untyped-def]
     maker = recoverer(cnn(), task(), tmp_path)
-    plan = SMALL.apply(maker.plan, task()).with_recovery(Answers())
+    plan = SMALL.apply(maker.plan, task())
+    assert maker._phases(plan) == (plan.recovery, maker.plan.model)
     with pytest.raises(NotApplicable, match="trains in phases and another all at once"):
-        maker.recover(Recipe((SMALL,)), plan)
+        maker._phases(plan.with_recovery(Answers()))
 
 
 def test_the_range_of_tensors_is_that_of_the_training_data(tmp_path) -> None:  # type: ignore[no-untyped-def]
     of = replace(task(), preprocessing=None)
-    maker = recoverer(lenet(), of, tmp_path)
+    maker = recoverer(trained(lenet), of, tmp_path)
     recipe = Recipe((replace(SMALL, finetune=0),))
     fresh = recipe.apply(maker.plan, of, TARGET)
     assert "the range of the training images" in fresh.notes[-1]
-    trained = maker.recover(recipe, fresh)
+    made = maker.recover(recipe, fresh)
     assert of.fit is not None
-    x = of.fit.inputs(slice(None))
-    assert float(trained.model.autoencoder.pixels.mean) == pytest.approx(float(x.min()))
-    assert float(trained.model.autoencoder.pixels.std) == pytest.approx(float(x.max() - x.min()))
+    with torch.no_grad():
+        pixels = made.model.autoencoder.pixels(torch.from_numpy(of.fit.inputs(slice(None))))
+    assert float(pixels.min()) == pytest.approx(0, abs=1e-6)
+    assert float(pixels.max()) == pytest.approx(1, abs=1e-6)
 
 
 # Export and other techniques
 
 
 def test_fuse_before_it() -> None:
-    plan = Recipe.parse("fuse() + converting(hidden=(24,), code=8)").apply(Plan.of(cnn(), SHAPE), task(), TARGET)
+    plan = Recipe.parse("fuse() + converting(hidden=(48,), code=8)").apply(Plan.of(cnn(), SHAPE), task(), TARGET)
     stem = plan.model.light.stem
     assert not any(isinstance(m, nn.BatchNorm2d) for m in stem.modules())
     plain = SMALL.apply(Plan.of(cnn(), SHAPE), task()).model
     x = torch.randn(2, *SHAPE)
     with torch.no_grad():
         torch.testing.assert_close(stem(x), plain.light.stem(x), rtol=1e-3, atol=1e-4)
-
-
-def test_a_clustering_of_tokens_before_it() -> None:
-    recipe = Recipe.parse("token_clustering(after=1) + converting(at=2, hidden=(24,), code=8)")
-    plan = recipe.apply(Plan.of(vit(), SHAPE), task(), TARGET)
-    assert plan.model(torch.randn(2, *SHAPE)).shape == (2, 4)
 
 
 def test_paths_are_those_that_modules_had() -> None:
@@ -353,7 +354,7 @@ def test_int8_behind_it_keeps_what_it_is_to_keep(tmp_path) -> None:  # type: ign
         }
         return plain, run_artifact(artifact, of.choose.inputs(slice(0, 32)), 1)
 
-    converted = "converting(at='6', hidden=(24,), code=8)"
+    converted = "converting(at='6', hidden=(48,), code=8)"
     all8, _ = floats(f"{converted} + int8(model_type='plain')", "a")
     kept, _ = floats(f"{converted} + int8(model_type='plain', keep=('3',))", "b")
     assert all8 == set()

@@ -69,16 +69,18 @@ def auto_threshold(
     ``entropy`` float and ``right`` bool, both (N,), N at least 1. Images of one entropy are all easy or all hard, so
     that the share may be a little beyond the bounds.
     """
-    ordered, places = entropy.double().sort(stable=True)
+    ordered, places = entropy.sort(stable=True)
     count = len(ordered)
     shares = right[places].double().cumsum(0) / torch.arange(1, count + 1)
     low, high = max(1, round(fewest * count)), max(1, round(most * count))
     good = [easy for easy in range(low, high + 1) if float(shares[easy - 1]) >= accuracy]
-    easy = good[-1] if good else low
-    last = float(ordered[easy - 1])
-    # Between the last easy and the first hard image, so that a rounding elsewhere turns neither.
+    last = ordered[(good[-1] if good else low) - 1]
     above = ordered[ordered > last]
-    return (last + float(above[0])) / 2 if len(above) else float(np.nextafter(last, np.inf))
+    if not len(above):
+        return float(torch.nextafter(last, last + 1))
+    # Between the last easy and the first hard image, so that a rounding elsewhere turns neither.
+    middle = (last + above[0]) / 2
+    return float(middle if middle > last else above[0])
 
 
 def easy_pools(
@@ -303,4 +305,4 @@ def _set_range(autoencoder: ConvertingAutoencoder, split: Split) -> None:
         low, high = min(low, float(x.min())), max(high, float(x.max()))
     if not high > low:
         raise LissomError(f"all values of the training images are {low:g}; there is nothing to learn from them")
-    autoencoder.set_normalisation(low, high - low)
+    autoencoder.set_normalisation(-low / (high - low), 1 / (high - low))  # pixel = x std + mean
