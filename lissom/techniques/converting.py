@@ -26,11 +26,12 @@ from lissom.export.plan import Exit, Plan
 from lissom.export.truncation import truncate
 from lissom.layers.converting import ConvertingAutoencoder
 from lissom.layers.exits import NAME, Exits, exits_of, own_exits, remove_exits
+from lissom.meters.costs import total
 from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import Technique
-from lissom.techniques.early_exit import EVERYWHERE, EarlyExit, _operations, positions
+from lissom.techniques.early_exit import EarlyExit, positions
 from lissom.training.methods.cbnet import AUTOENCODER, LIGHT, RULES, Conversion, exit_entropy, pair_targets
 from lissom.training.methods.recovery import Answers, Phase
 
@@ -130,8 +131,8 @@ class Converting(Technique):
                 task.shape, self.hidden, self.code,
                 mean=known.mean if known else 0.0, std=known.std if known else 1.0,
             )  # fmt: skip
-        whole = _operations(plan.model, task.shape)
-        own, rest = autoencoder.macs, _operations(light, task.shape)
+        whole, rest = (total(part, task.shape)[1] for part in (plan.model, light))
+        own = autoencoder.macs
         if own + rest >= whole and not self.force:
             raise NotApplicable(
                 f"converting would save nothing: the autoencoder takes {own / 1e6:.3g} and the network up to {exit.at!r} "
@@ -171,7 +172,7 @@ class Converting(Technique):
 
     def _exit(self, plan: Plan, task: Task) -> tuple[Exit, nn.Module]:
         """The exit where the network ends, and its head."""
-        exited = EarlyExit(at=EVERYWHERE if self.at is None else (self.at,)).apply(plan, task)
+        exited = EarlyExit(at=("*",) if self.at is None else (self.at,)).apply(plan, task)
         exits = exits_of(exited.model)
         assert exits is not None
         return exited.decisions[0], exits.heads[0]
