@@ -17,7 +17,9 @@ class Precision:
 
     ``{"": 8, "head": 32, "blocks.0.attn": 32}`` quantises all but two modules. A path that names a module with
     computation of its own beside its children (attention's products) decides on that computation too.
-    ``options`` are the precision technique's own settings, for the exporter.
+    ``options`` are the precision technique's own settings, for the exporter; but ``options["root"]``, where a technique
+    has put the network inside another module, is the path at which it now stands: paths in ``bits`` are then those
+    that its modules had before.
     """
 
     bits: Mapping[str, int] = field(default_factory=lambda: {"": 32})
@@ -25,6 +27,7 @@ class Precision:
 
     def at(self, path: str) -> int:
         """The bits of the module at ``path``."""
+        path = path.removeprefix(f"{self.options['root']}.") if self.options.get("root") else path
         while path and path not in self.bits:
             path = path.rpartition(".")[0]
         return self.bits.get(path, 32)

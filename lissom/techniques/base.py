@@ -77,7 +77,7 @@ class Technique:
         stand there; none for most."""
         return {}
 
-    def code(self) -> tuple[str, ...]:
+    def named_code(self) -> tuple[str, ...]:
         """What of its knobs names a user's own code, or something to be fetched: done only where the user said so."""
         return ()
 

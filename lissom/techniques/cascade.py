@@ -113,7 +113,7 @@ class Cascade(Technique):
         place = path.partition(".")[0]
         return " ".join(filter(None, (getattr(self, f"{place}_model"), getattr(self, f"{place}_weights"))))
 
-    def code(self) -> tuple[str, ...]:
+    def named_code(self) -> tuple[str, ...]:
         sources = (self.source(path) for path in self.members())
         return tuple(s for s in sources if ".py:" in s or s.endswith(f" {PRETRAINED}"))
 
@@ -125,7 +125,7 @@ class Cascade(Technique):
         source = self.source(path)
         if not source:
             return plan
-        if source in self.code() and not was_given(source):
+        if source in self.named_code() and not was_given(source):
             raise LissomError(
                 f"the recipe names {source!r}, which would be run or fetched, and it comes from a file; "
                 "give the recipe's text yourself if that is what you want"

@@ -75,7 +75,7 @@ class Recipe:
 
     def _as_given(self) -> Recipe:
         for technique in self.techniques:
-            _given.update(technique.code())
+            _given.update(technique.named_code())
         return self
 
     def __str__(self) -> str:

@@ -21,8 +21,9 @@ from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES
 from lissom.techniques.cascade import Cascade
 from lissom.techniques.recipe import Recipe
-from lissom.training.loop import FitEvent, fit
-from lissom.training.methods.recovery import Afterwards, Answers, Recovery
+from lissom.training.loop import FitEvent
+from lissom.training.methods.recovery import Afterwards, Answers, Phase
+from lissom.training.phases import fit_phases
 
 __all__ = ["Recoverer"]
 
@@ -34,7 +35,8 @@ class Recoverer:
     """Trains plans that ask for it; ``folder`` keeps the weights, so that a resumed run trains nothing twice.
 
     A training lasts at most ``epochs`` epochs, ``steps`` steps and ``seconds`` (None: no limit; with a limit
-    in seconds, results depend on the machine's speed). Its seed is a hash of ``seed``, the recipe and the data's name.
+    in seconds, results depend on the machine's speed). Where it has phases, epochs and steps are multiplied by each
+    one's length, and they share the seconds. Its seed is a hash of ``seed``, the recipe and the data's name.
     """
 
     def __init__(
@@ -103,57 +105,51 @@ class Recoverer:
         return other
 
     def _train(self, plan: Plan, path: Path, folder: Path, seed: int) -> None:
-        model = plan.model
-        exits = exits_of(model)
-        heads = {id(p) for p in exits.parameters()} if exits is not None else set()
-        terms = [term for term in plan.recovery if not isinstance(term, Afterwards)]
-        later = tuple(term.term for term in plan.recovery if isinstance(term, Afterwards))
-        second = folder.with_name(f"{folder.name}-afterwards")
-        first = second / "first.safetensors"  # there when the first training is done
-        if terms and not first.exists():
-            rest = {id(p) for term in terms for p in term.parameters(model)} - heads
-            if rest and not any(term.own_answer for term in terms):
-                terms.insert(0, Answers())
-            # Heads alone learn from the model they stand on: a second forward pass of the same weights is saved.
-            alone = not rest and plan.model is not self.plan.model and _same_backbone(model, self.plan.model)
-            self._fit(model, Recovery(None if alone else self.plan.model, tuple(terms)), folder, seed)
-        if later and exits is not None:
-            exits.detached = True
-            if first.exists():
-                model.load_state_dict(load_file(first))
-            else:
-                second.mkdir(parents=True, exist_ok=True)
-                _save(model, first)
-            self._fit(model, Recovery(None, later), second / "heads", seed + 1)
-        _save(model, path)
-        for done in (folder, second):
-            shutil.rmtree(done, ignore_errors=True)
-
-    def _fit(self, model: nn.Module, method: Recovery, folder: Path, seed: int) -> None:
-        """One training, kept in ``folder`` while it lasts."""
-        fit(
-            model,
+        fit_phases(
+            plan.model,
             self.task,
-            method=method,
+            self._phases(plan),
+            original=self.plan.model,
             epochs=self.epochs,
+            max_steps=self.steps,
+            time_limit=self.seconds,
             batch=BATCH,
             lr=LEARNING_RATE,
             seed=seed,
             folder=folder,
-            resume=folder.exists(),
-            time_limit=self.seconds,
-            max_steps=self.steps,
             progress=self.progress,
             threads=self.threads,
             precision="auto",
         )
+        fresh = path.with_name(f".{path.name}")
+        save_file({k: v.contiguous().clone() for k, v in plan.model.state_dict().items()}, fresh)
+        os.replace(fresh, path)
+        shutil.rmtree(folder, ignore_errors=True)
 
-
-def _save(model: nn.Module, path: Path) -> None:
-    """The model's weights as a file, whole or not at all."""
-    fresh = path.with_name(f".{path.name}")
-    save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fresh)
-    os.replace(fresh, path)
+    def _phases(self, plan: Plan) -> list[Phase]:
+        """What the plan asks for, as trainings that follow each other."""
+        own = [asked for asked in plan.recovery if isinstance(asked, Phase)]
+        if own:
+            if len(own) < len(plan.recovery):
+                raise NotApplicable(
+                    "one technique of this recipe trains in phases and another all at once; leave one of the two out"
+                )
+            return own
+        model = plan.model
+        exits = exits_of(model)
+        heads = {id(p) for p in exits.parameters()} if exits is not None else set()
+        later = tuple(asked.term for asked in plan.recovery if isinstance(asked, Afterwards))
+        terms = [asked for asked in plan.recovery if not isinstance(asked, Afterwards | Phase)]
+        phases = []
+        if terms:
+            rest = {id(p) for term in terms for p in term.parameters(model)} - heads
+            if rest and not any(term.own_answer for term in terms):
+                terms.insert(0, Answers())
+            # Heads alone learn from the model they stand on: a second forward pass of the same weights is saved.
+            other = exits is not None and plan.model is not self.plan.model
+            alone = not rest and other and _same_backbone(model, self.plan.model)
+            phases.append(Phase(tuple(terms), heads=alone))
+        return [*phases, Phase(later, heads=True)] if later else phases
 
 
 def training_form(recipe: Recipe, places: tuple[str, ...] = ()) -> Recipe:

@@ -1,7 +1,8 @@
 """Recovery: one training after techniques have changed a model; the sum of what each of them asked for.
 
 A technique adds ``Term`` objects to its plan (``Plan.recovery``). One forward pass of the changed model and one of the
-original serve all of them: terms read the answers, and the outputs of the modules they name.
+original serve all of them: terms read the answers, and the outputs of the modules they name. A technique whose parts
+must be trained one after the other adds ``Phase`` objects instead; ``lissom.training.phases`` trains them in turn.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lissom.layers.exits import first_tensor
 from lissom.tasks.task import Task
 from lissom.training.methods.base import Method
 
-__all__ = ["Afterwards", "Answers", "Recovery", "Seen", "Term"]
+__all__ = ["Afterwards", "Answers", "Phase", "Recovery", "Seen", "Term"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,17 @@ class Answers(Term):
     """The model's own answer, distilled from the original's: alpha T^2 KL + (1 - alpha) task loss (arXiv 1503.02531).
 
     Without labels alpha counts as 1. For segmentation the answers are maps (B, classes, H, W), softmax over classes.
+    ``part`` is the path of the module whose parameters are trained, "" the model's own: all of them.
     """
 
     own_answer: ClassVar[bool] = True
 
     temperature: float = 2.0
     alpha: float = 0.7
+    part: str = ""
+
+    def parameters(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        return model.get_submodule(self.part).parameters()
 
     def loss(
         self, model: nn.Module, student: Seen, teacher: Seen, targets: torch.Tensor | None, task: Task
@@ -106,6 +112,27 @@ def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """KL divergence of softmax over dimension 1, summed there, the mean over everything else: logits of one shape."""
     own, given = functional.log_softmax(student, 1), functional.log_softmax(teacher, 1)
     return functional.kl_div(own, given, reduction="none", log_target=True).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One of several trainings that follow each other: the ``terms`` of one are minimised together.
+
+    ``of`` is the path of the module that is trained as a model of its own, "" the whole changed model: it takes the
+    same inputs and gives the same kind of answers, and terms know it by its own paths. ``heads``: nothing but the heads
+    of its exits is trained, on detached features, with the model itself as the teacher. ``length`` is in units of a
+    recovery without phases: how many times as many epochs and steps this phase lasts. What a phase needs of the phases
+    before it (labels that a part gives, say) its terms find in ``prepare``, which is called when those are trained.
+    """
+
+    terms: tuple[Term, ...]
+    of: str = ""
+    length: float = 1.0
+    heads: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.terms or not self.length > 0:
+            raise LissomError(f"a phase has terms and a length above 0, not {len(self.terms)} and {self.length}")
 
 
 @dataclass(frozen=True)
