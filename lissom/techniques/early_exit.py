@@ -71,8 +71,6 @@ class EarlyExit(Technique):
             raise ValueError(f"risk is in points of quality, between 0 and 100, not {self.risk!r}")
 
     def check(self, plan: Plan, target: Target) -> None:
-        if target.runtime != "openvino":
-            raise NotApplicable("early exits are cut out of OpenVINO graphs only: --runtime openvino")
         if plan.decisions:
             raise NotApplicable("the plan has exits already")
 
