@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="the timm name of a weight file's network")
     parser.add_argument("--recipe", default="early_exit()", help="with exits in it")
     parser.add_argument("--recover", type=float, help="minutes at most for each training that a recipe needs")
-    parser.add_argument("--work", type=Path, default=Path("runs/exits"),
-                        help="where trained heads are kept; the folder of a lissom slim run has them already")  # fmt: skip
+    work = "where trained heads are kept; the folder of a lissom slim run has them already"
+    parser.add_argument("--work", type=Path, default=Path("runs/exits"), help=work)
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--name", help="the section's title; default: the model's name and the recipe")
 

@@ -156,11 +156,11 @@ def run_artifact(
 
 
 def run_stages(
-    artifact: Artifact, inputs: np.ndarray | Iterable[np.ndarray], threads: int
+    artifact: Artifact, inputs: np.ndarray | Iterable[np.ndarray], threads: int, *, opened: Stages | None = None
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Every stage's answers to float32 (N, C, H, W), or to parts of it, nobody leaving early: K + 1 arrays (N, ...),
-    and the scores (N, K) of the K exits."""
-    graph = Stages(artifact, threads)
+    and the scores (N, K) of the K exits. ``opened``: the artifact's stages, where they are open already."""
+    graph = opened or Stages(artifact, threads)
     parts = [inputs] if isinstance(inputs, np.ndarray) else inputs
     found = [_run_all(graph, part, artifact.input_shape[0]) for part in parts]
     answers = [np.concatenate(stage) for stage in zip(*(a for a, _ in found), strict=True)]

@@ -25,27 +25,26 @@ def share_weights(graphs: Sequence[Path]) -> str | None:
     weights = [graph.with_suffix(".bin").read_bytes() for graph in graphs]
     found = []  # of each graph: (the constant's element, its bytes)
     for tree, data in zip(trees, weights, strict=True):
-        constants = tree.findall("layers/layer[@type='Const']/data")
-        starts = [int(constant.attrib["offset"]) for constant in constants]
-        blobs_of = [data[s : s + int(c.attrib["size"])] for c, s in zip(constants, starts, strict=True)]
-        found.append(list(zip(constants, blobs_of, strict=True)))
+        constants = tree.findall(".//layer[@type='Const']/data")  # those in the bodies of loops too
+        places_of = [(int(c.attrib["offset"]), int(c.attrib["size"])) for c in constants]
+        found.append([(c, data[start : start + size]) for c, (start, size) in zip(constants, places_of, strict=True)])
     counts: Counter[bytes] = Counter()
-    for constants in found:
-        counts.update({_digest(blob) for _, blob in constants if len(blob) >= SMALL})
+    for held in found:
+        counts.update({_digest(blob) for _, blob in held if len(blob) >= SMALL})
     if not any(count > 1 for count in counts.values()):
         return None
     places: dict[bytes, int] = {}
-    blobs: list[bytes] = []
+    parts: list[bytes] = []
     end = 0
-    for constants in found:
-        for constant, blob in constants:
+    for held in found:
+        for constant, blob in held:
             digest = _digest(blob)
             if digest not in places:
                 places[digest] = end
-                blobs.append(blob + bytes(-len(blob) % ALIGNED))
-                end += len(blobs[-1])
+                parts.append(blob + bytes(-len(blob) % ALIGNED))
+                end += len(parts[-1])
             constant.set("offset", str(places[digest]))
-    (graphs[0].parent / SHARED).write_bytes(b"".join(blobs))
+    (graphs[0].parent / SHARED).write_bytes(b"".join(parts))
     for graph, tree in zip(graphs, trees, strict=True):
         tree.write(graph, encoding="utf-8", xml_declaration=True)
         graph.with_suffix(".bin").unlink()

@@ -81,9 +81,7 @@ def _digest(tensor: torch.Tensor) -> bytes:
 class _Stage:
     """The part of a joint program that one stage needs."""
 
-    def __init__(
-        self, program: ExportedProgram, stage: int, outputs: JointOutputs, nodes: Mapping[str, str]
-    ) -> None:
+    def __init__(self, program: ExportedProgram, stage: int, outputs: JointOutputs, nodes: Mapping[str, str]) -> None:
         self.joint, self.stage = program, stage
         (end,) = (node for node in program.graph.nodes if node.op == "output")
         specs = program.graph_signature.output_specs

@@ -52,14 +52,14 @@ class TorchGraph:
         self.gpu: str | None = None
         if self.device.type == "cuda":
             self.gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
-        names = list(options.get("shared") or ())
+        names, convert = list(options.get("shared") or ()), "dtype" in options
         module, inputs = _load(torch, path)
         module = module.to(device=self.device)
-        self.shared = [self._weight(tensor, "dtype" in options) for tensor in _shared(path, names)]
+        self.shared = [self._weight(tensor, convert) for tensor in _shared(path, names)]
         own = inputs[: len(inputs) - len(names)]
         # A program takes what it was exported for: float32, or bfloat16 from the stage before it.
-        self.inputs = [dtype if "dtype" not in options or not dtype.is_floating_point else self.dtype for _, dtype in own]
-        self.module = module.to(self.dtype) if "dtype" in options else module
+        self.inputs = [self.dtype if convert and dtype.is_floating_point else dtype for _, dtype in own]
+        self.module = module.to(self.dtype) if convert else module
         if options.get("compile"):
             self.module = torch.compile(self.module)
             try:

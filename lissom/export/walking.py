@@ -1,4 +1,4 @@
-"""Back along a graph from what is wanted to what is given: the part that a stage needs, whatever the graph is made of."""
+"""Back along a graph from what is wanted to what is given: the part that a stage needs of it."""
 
 from __future__ import annotations
 

@@ -52,12 +52,12 @@ def measure_batches(
     static one has exits or the adaptive one has none.
     """
     opened = []
-    for static, adaptive in pairs:
-        if static.input_shape != adaptive.input_shape:
-            raise LissomError(f"{static.path} and {adaptive.path} take inputs of different shapes or batches")
-        if static.plan.get("decisions") or not adaptive.plan.get("decisions"):
-            raise LissomError(f"of {static.path} and {adaptive.path} only the second is to have exits")
-        opened.append((Stages(static, threads), Stages(adaptive, threads), static.input_shape[0]))
+    for plain, exits in pairs:
+        if plain.input_shape != exits.input_shape:
+            raise LissomError(f"{plain.path} and {exits.path} take inputs of different shapes or batches")
+        if plain.plan.get("decisions") or not exits.plan.get("decisions"):
+            raise LissomError(f"of {plain.path} and {exits.path} only the second is to have exits")
+        opened.append((Stages(plain, threads), Stages(exits, threads), plain.input_shape[0]))
     times: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in opened]
     shares = []
     for static, adaptive, batch in opened:  # a first pass warms up, and tells where inputs leave

@@ -7,6 +7,7 @@ exits and without, on the same images, so that what the images do to the model i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from lissom.data.corruptions import EVERY, corrupted
 from lissom.data.splits import PixelSplit
 from lissom.export.exporting import run_stages
 from lissom.runtime.artifact import Artifact
+from lissom.runtime.backends import Stages
 from lissom.runtime.decisions import first_exit
 from lissom.tasks.task import Task, batches
 
@@ -109,17 +111,16 @@ def shift_table(
     thresholds = np.array([np.inf if d["threshold"] is None else d["threshold"] for d in decisions])
     risk = float(fitted["risk"])
     images = task.report.sample(samples, seed)
+    opened = Stages(artifact, threads)
     rows = []
     for corruption in (None, *EVERY):
         part = images if corruption is None else corrupted(images, corruption, seed)
-        answers, scores = run_stages(artifact, batches(part, 64 * artifact.input_shape[0]), threads)
+        answers, scores = run_stages(artifact, batches(part, 64 * artifact.input_shape[0]), threads, opened=opened)
         labels = part.labels
 
         def right(answer: np.ndarray, labels: np.ndarray | None = labels) -> np.ndarray:
             return task.scores(answer, labels) > 0.5  # type: ignore[arg-type]  # asked only where there are labels
 
         kind, strength = ("none", 0) if corruption is None else (corruption.kind, corruption.strength)
-        rows.append(
-            shift_row(kind, strength, answers, scores, thresholds, risk, None if labels is None else right)
-        )
+        rows.append(shift_row(kind, strength, answers, scores, thresholds, risk, None if labels is None else right))
     return rows

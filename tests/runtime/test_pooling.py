@@ -11,8 +11,8 @@ from lissom.runtime.pooling import filled, run_pooled
 
 
 class Stage:
-    """A stage in NumPy of a static batch: answers (B, 2), a score that is the sample's own number at this stage, and two
-    carried tensors, one of whole numbers. Counts its runs and the rows that it ran on."""
+    """A stage in NumPy of a static batch: answers (B, 2), a score that is one of the sample's own numbers, and two
+    carried tensors, one of whole numbers. Counts its runs."""
 
     def __init__(self, number: int, last: bool, batch: int) -> None:
         self.number, self.last, self.batch = number, last, batch
@@ -72,7 +72,11 @@ def test_a_stage_runs_on_full_batches_of_those_that_need_it() -> None:
 
 @pytest.mark.parametrize(
     ("thresholds", "runs"),
-    [((np.inf, np.inf, np.inf), [5, 5, 5, 5]), ((-1.0, 0.5, 0.5), [5, 0, 0, 0]), ((np.inf, np.inf, -1.0), [5, 5, 5, 0])],
+    [
+        ((np.inf, np.inf, np.inf), [5, 5, 5, 5]),
+        ((-1.0, 0.5, 0.5), [5, 0, 0, 0]),
+        ((np.inf, np.inf, -1.0), [5, 5, 5, 0]),
+    ],
 )
 def test_nobody_or_everybody_leaves(thresholds: tuple[float, ...], runs: list[int]) -> None:
     x = np.random.default_rng(1).random((18, 4)).astype(np.float32)
