@@ -20,7 +20,7 @@ from lissom.export.plan import Exit, Plan
 from lissom.images import Preprocessing
 from lissom.layers.exits import Exits, attach_exits
 from lissom.runtime.artifact import Artifact
-from lissom.runtime.backends import open_graph
+from lissom.runtime.backends import Stages, open_graph
 from lissom.runtime.predictor import load
 from lissom.runtime.target import RUNTIMES, Target
 from lissom.tasks.task import Task
@@ -273,6 +273,19 @@ def test_weights_of_several_stages_lie_in_one_file(runtime: str, tmp_path: Path)
     if runtime != "openvino":  # there all weights lie in the one file
         every = [digest for f in own for digest in tensors(runtime, tmp_path, f.name, shared=False)]
         assert len(every) == len(set(every))
+
+
+@full
+def test_stages_run_compiled(tmp_path: Path) -> None:
+    plan = looped()  # the shared weights are inputs of the compiled stages too
+    artifact = export_plan(plan, Target("torch", threads=1), tmp_path / "a", shape=(3, 8, 8))
+    for stage in artifact.plan["stages"]:
+        stage["options"]["compile"] = True
+    stages = Stages(artifact.with_metrics({}), 1)
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    with torch.no_grad():
+        for own, other in zip(stages.run_all(x)[0], plan.model(torch.from_numpy(x)), strict=True):
+            np.testing.assert_allclose(own, other.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
