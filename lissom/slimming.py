@@ -39,6 +39,7 @@ from lissom.models.factory import Loaded, load_model, num_outputs, with_head
 from lissom.registry import parts
 from lissom.report.card import card
 from lissom.report.page import write_report
+from lissom.report.shift import shift_table
 from lissom.runtime.artifact import Artifact, write_atomic
 from lissom.runtime.backends import Stages, inspect
 from lissom.runtime.target import RUNTIMES, Target, default_threads
@@ -809,6 +810,7 @@ class _Job:
             "ablation": ablation,
             "waterfall": waterfall,
             "exits": self.exits(artifact),
+            "shift": self.shift(artifact),
             "budget": self.budget.to_json(metrics, reference),
             "met": met,
             "profile": self.profiles(base, winner),
@@ -837,6 +839,14 @@ class _Job:
         """Where the winner's samples leave, and what was promised; None where it has no exits."""
         decisions = artifact.plan["decisions"]
         return {"decisions": decisions, **artifact.plan["exits"]} if decisions else None
+
+    def shift(self, artifact: Artifact) -> list[dict[str, Any]] | None:
+        """How the winner's exits do on spoilt images; None where it has none, or the data are no images."""
+        if not artifact.plan["decisions"]:
+            return None
+        self.stage("looking at the exits on spoilt images")
+        rows = shift_table(artifact, self.task, self.target.threads, seed=self.seed)
+        return None if rows is None else [row.to_json() for row in rows]
 
     def keep(self, winner: Trial) -> Artifact:
         """The winner's artifact at a place that can be told in advance: OUT/best, whole or not at all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +13,13 @@ from torch import nn
 
 from lissom.errors import LissomError
 from lissom.export.capture import run_eager
+from lissom.export.joint import JointOutputs, joint_of
 from lissom.export.plan import Plan
 from lissom.images import Preprocessing
 from lissom.registry import load_part, register
 from lissom.runtime.artifact import Artifact, new_artifact
-from lissom.runtime.backends import Graph, Stages
+from lissom.runtime.backends import Stages
+from lissom.runtime.pooling import filled
 from lissom.runtime.target import Target
 
 __all__ = ["Exported", "Exporter", "Verification", "export_plan", "run_artifact", "run_stages"]
@@ -89,9 +91,31 @@ def export_plan(
         exported = exporter(plan, target, shape, calibration, folder)
         fields["stages"] = exported.stages
         fields["nodes"] = exported.nodes
+        if plan.decisions and target.batch > 1:
+            fields["packs"] = _packs(plan, shape, target.batch)
         if verify is not None and len(verify):
             fields["verification"] = vars(_verify(plan, target, exported, folder, verify))
     return Artifact.open(path)
+
+
+@torch.no_grad()
+def _packs(plan: Plan, shape: tuple[int, ...], batch: int) -> bool:
+    """Whether all that is carried from stage to stage has its batch in front, so that the runtime may put rows of
+    several batches together. Found by running one sample more."""
+    joint, outputs = joint_of(plan), JointOutputs.of(plan.decisions)
+    training = {module: module.training for module in joint.modules()}
+    device = next((p.device for p in joint.parameters()), None)
+    try:
+        some, more = (joint.eval()(torch.zeros(n, *shape, device=device)) for n in (batch, batch + 1))
+    except RuntimeError:  # a forward written for one batch size alone
+        return False
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    pairs = ((some[place], more[place]) for exit in range(outputs.exits) for place in outputs.boundary(exit))
+    return all(
+        tuple(a.shape) == (batch, *a.shape[1:]) and tuple(b.shape) == (batch + 1, *a.shape[1:]) for a, b in pairs
+    )
 
 
 def _verify(plan: Plan, target: Target, exported: Exported, folder: Path, inputs: np.ndarray) -> Verification:
@@ -132,38 +156,31 @@ def run_artifact(
 
 
 def run_stages(
-    artifact: Artifact, inputs: np.ndarray | Iterable[np.ndarray], threads: int
+    artifact: Artifact, inputs: np.ndarray | Iterable[np.ndarray], threads: int, *, opened: Stages | None = None
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Every stage's answers to float32 (N, C, H, W), or to parts of it, nobody leaving early: K + 1 arrays (N, ...),
-    and the scores (N, K) of the K exits."""
-    graph = Stages(artifact, threads)
+    and the scores (N, K) of the K exits. ``opened``: the artifact's stages, where they are open already."""
+    graph = opened or Stages(artifact, threads)
     parts = [inputs] if isinstance(inputs, np.ndarray) else inputs
     found = [_run_all(graph, part, artifact.input_shape[0]) for part in parts]
     answers = [np.concatenate(stage) for stage in zip(*(a for a, _ in found), strict=True)]
     return answers, np.concatenate([scores for _, scores in found])
 
 
-def _run(graph: Graph, inputs: np.ndarray, batch: int, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _run(stages: Stages, inputs: np.ndarray, batch: int, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    if stages.thresholds:
+        return np.array(reduce(stages.run_many(inputs, batch)[0]))
     answers = []
-    for part in _filled(inputs, batch):
-        answer = graph.run(part)
+    for part in filled(inputs, batch):
+        answer = stages.run(part)
         answers.append(np.array(reduce(answer[0] if isinstance(answer, list) else answer)))
     return np.concatenate(answers)[: len(inputs)]
 
 
 def _run_all(graph: Stages, inputs: np.ndarray, batch: int) -> tuple[list[np.ndarray], np.ndarray]:
-    found = [graph.run_all(part) for part in _filled(inputs, batch)]
+    found = [graph.run_all(part) for part in filled(inputs, batch)]
     answers = [np.concatenate(stage)[: len(inputs)] for stage in zip(*(a for a, _ in found), strict=True)]
     return answers, np.concatenate([scores for _, scores in found])[: len(inputs)]
-
-
-def _filled(inputs: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-    """Parts of ``batch`` rows: the graph's batch is static, so the last is filled up with its own last row."""
-    for start in range(0, len(inputs), batch):
-        part = inputs[start : start + batch]
-        if len(part) < batch:
-            part = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        yield np.ascontiguousarray(part)
 
 
 @register("exporter", "float32")

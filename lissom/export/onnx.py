@@ -14,26 +14,40 @@ import torch
 from lissom.errors import LissomError
 from lissom.export.capture import capture, module_paths
 from lissom.export.exporting import Exported
+from lissom.export.joint import JointOutputs, joint_of
+from lissom.export.onnx_cut import cut_graph, save_stages
 from lissom.export.plan import Plan, Precision
 from lissom.export.telemetry import quiet
 from lissom.registry import register
 from lissom.runtime.target import Target
 
-__all__: list[str] = []
+__all__ = ["joint_graph"]
 
 
 @register("exporter", "onnxruntime")
 def export_onnx(
     plan: Plan, target: Target, shape: tuple[int, ...], calibration: np.ndarray | None, folder: Path
 ) -> Exported:
-    """``plan`` as an ONNX graph with its weights inside. Needs the extra ``onnx``."""
+    """``plan`` as an ONNX graph with its weights inside, or one for each stage. Needs the extra ``onnx``."""
+    graph, nodes = joint_graph(plan, target, shape, calibration)
+    stages = cut_graph(graph, JointOutputs.of(plan.decisions), nodes) if plan.decisions else [graph]
+    names = save_stages(stages, folder)
+    return Exported([{"graph": name, "options": {}} for name in names], nodes)
+
+
+def joint_graph(
+    plan: Plan, target: Target, shape: tuple[int, ...], calibration: np.ndarray | None
+) -> tuple[Any, dict[str, str]]:
+    """The plan as one ``onnx.ModelProto`` in its precision, not yet cut, and graph node name -> module path.
+
+    With exits its outputs are those of ``lissom.export.joint.Joint``. ``calibration`` is float32 (N, C, H, W).
+    """
     try:
-        import onnx
         import onnxscript  # noqa: F401 (torch's exporter needs it and says so only in its own words)
     except ImportError as error:
         raise LissomError(f"exporting to ONNX needs {error.name}: pip install 'lissom[onnx]'") from error
 
-    program = capture(plan.model, shape, target.batch)
+    program = capture(joint_of(plan), shape, target.batch)
     with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -42,13 +56,17 @@ def export_onnx(
             first = str(error).strip().splitlines()[0]
             raise LissomError(f"the model cannot be exported to ONNX: {first}") from error
     graph = exported.model_proto
+    inputs, outputs = len(graph.graph.input), len(graph.graph.output)
+    if inputs != 1 or (plan.decisions and outputs != JointOutputs.of(plan.decisions).count):
+        raise LissomError(f"the model's ONNX graph has {inputs} inputs and {outputs} outputs; one image in is exported")
     nodes = _nodes(graph, module_paths(program.run_decompositions()))
+    if plan.decisions:
+        nodes = {name: path.removeprefix("model.") for name, path in nodes.items()}
     if 8 in plan.precision.bits.values():
         if calibration is None:
             raise LissomError("int8 needs images to calibrate on; the task has none to fit")
         graph = _quantise(graph, nodes, plan.precision, calibration, target.batch)
-    onnx.save(graph, str(folder / "stage0.onnx"))
-    return Exported([{"graph": "stage0.onnx", "options": {}}], nodes)
+    return graph, nodes
 
 
 def _nodes(graph: Any, captured: dict[str, str]) -> dict[str, str]:
@@ -63,6 +81,11 @@ def _nodes(graph: Any, captured: dict[str, str]) -> dict[str, str]:
     return paths
 
 
+def _float(path: str, precision: Precision) -> bool:
+    """Whether what the module at ``path`` computes stays in float. An exit's score decides by a comparison: it does."""
+    return precision.at(path) != 8 or path.partition(".")[0] == "score"
+
+
 def _quantise(graph: Any, nodes: dict[str, str], precision: Precision, calibration: np.ndarray, batch: int) -> Any:
     with quiet():
         import nncf
@@ -72,7 +95,7 @@ def _quantise(graph: Any, nodes: dict[str, str], precision: Precision, calibrati
         ignored = [
             node.name
             for node in graph.graph.node
-            if precision.at(nodes.get(node.name, "")) != 8
+            if _float(nodes.get(node.name, ""), precision)
             or (keep_products and node.op_type == "MatMul" and not any(name in weights for name in node.input))
         ]
         name = graph.graph.input[0].name

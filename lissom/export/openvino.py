@@ -22,6 +22,7 @@ from lissom.export.exporting import Exported
 from lissom.export.joint import JointOutputs, joint_of
 from lissom.export.linear_as_conv import linear_as_conv
 from lissom.export.openvino_cut import cut_graph, unshare_weights
+from lissom.export.openvino_shared import share_weights
 from lissom.export.plan import Plan, Precision
 from lissom.export.telemetry import quiet
 from lissom.registry import register
@@ -49,7 +50,10 @@ def export_openvino(
     for i, stage in enumerate(stages):
         _name_by_place(stage)
         ov.save_model(stage, str(folder / f"stage{i}.xml"), compress_to_fp16=False)
-    return Exported([{"graph": f"stage{i}.xml", "options": options} for i in range(len(stages))], nodes)
+    files = [folder / f"stage{i}.xml" for i in range(len(stages))]
+    shared = share_weights(files) if plan.decisions else None
+    options |= {"weights": shared} if shared else {}
+    return Exported([{"graph": file.name, "options": options} for file in files], nodes)
 
 
 def joint_graph(

@@ -14,18 +14,20 @@ import numpy as np
 
 from lissom.errors import LissomError
 from lissom.registry import register
-from lissom.runtime.backends import Answer, missing
+from lissom.runtime.backends import Answer, beside, missing
 
 __all__ = ["TorchGraph"]
 
-OPTIONS = {"compile", "dtype", "device"}
+OPTIONS = {"compile", "dtype", "device", "shared"}
+SHARED = "shared.safetensors"  # beside the program: what lissom.export.torch_cut writes there
 
 
 @register("backend", "torch")
 class TorchGraph:
     """A ``.pt2`` file. Options: ``compile`` (run through torch.compile, compiled here and now), ``dtype``
     (``float32`` or ``bfloat16``: weights and inputs are converted, answers are float32), ``device`` (``cpu``,
-    ``cuda:0``).
+    ``cuda:0``), ``shared`` (names of weights that several stages read, the last inputs of the program; they lie in
+    ``shared.safetensors`` beside it).
 
     The number of threads is PyTorch's own setting for the whole process.
     """
@@ -50,32 +52,61 @@ class TorchGraph:
         self.gpu: str | None = None
         if self.device.type == "cuda":
             self.gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
-        program, shape = _load(torch, path)
-        module = program.to(device=self.device)
-        self.module = module.to(self.dtype) if "dtype" in options else module
+        names, convert = list(options.get("shared") or ()), "dtype" in options
+        module, inputs = _load(torch, path)
+        module = module.to(device=self.device)
+        self.shared = [self._weight(tensor, convert) for tensor in _shared(path, names)]
+        own = inputs[: len(inputs) - len(names)]
+        # A program takes what it was exported for: float32, or bfloat16 from the stage before it.
+        self.inputs = [self.dtype if convert and dtype.is_floating_point else dtype for _, dtype in own]
+        self.module = module.to(self.dtype) if convert else module
         if options.get("compile"):
             self.module = torch.compile(self.module)
             try:
-                self.run(np.zeros(shape, np.float32))
+                self.run([np.zeros(shape, _carrier(torch, dtype)) for shape, dtype in own])
             except Exception as error:  # a missing C++ compiler, or any fault of code generation
                 reason = str(error).strip().splitlines()
                 raise LissomError(f"torch.compile fails on this model: {reason[0] if reason else error!r}") from error
 
-    def run(self, x: np.ndarray) -> Answer:
-        x = x if x.flags.writeable else x.copy()  # PyTorch has no read-only tensors
+    def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
         with self.torch.inference_mode():
-            answers = self.module(self.torch.from_numpy(x).to(self.device, self.dtype))
+            given = [
+                self.torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device, dtype)
+                for array, dtype in zip(x if isinstance(x, list) else [x], self.inputs, strict=True)
+            ]  # copied where they are read-only, which PyTorch has no tensors for
+            answers = self.module(*given, *self.shared)
             if not isinstance(answers, tuple | list):
                 return self._numpy(answers)
             return self._numpy(answers[0]) if len(answers) == 1 else [self._numpy(a) for a in answers]
+
+    def _weight(self, tensor: Any, convert: bool) -> Any:
+        return tensor.to(self.device, self.dtype if convert and tensor.is_floating_point() else tensor.dtype)
 
     def _numpy(self, answer: Any) -> np.ndarray:
         floating = answer.is_floating_point()
         return (answer.to("cpu", self.torch.float32) if floating else answer.cpu()).numpy()
 
 
-def _load(torch: Any, path: Path | None) -> tuple[Any, tuple[int, ...]]:
-    """The program's module, and the shape of its input."""
+def _carrier(torch: Any, dtype: Any) -> Any:
+    """NumPy's type for a tensor that is handed from stage to stage: bfloat16, which it lacks, goes as float32."""
+    return np.float32 if dtype.is_floating_point else torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _shared(path: Path | None, names: list[str]) -> list[Any]:
+    """The weights of these names that a program shares with others."""
+    if not names:
+        return []
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(beside(path, SHARED), "pt") as file:
+            return [file.get_tensor(name) for name in names]
+    except SafetensorError as error:
+        raise LissomError(f"PyTorch cannot open the weights beside {path}: {error}") from error
+
+
+def _load(torch: Any, path: Path | None) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
+    """The program's module, and the shape and type of each of its inputs."""
     if path is None:
         # What opening a program imports is the runtime's own cost too, and larger than most programs: it is imported
         # by trying to open none.
@@ -86,14 +117,14 @@ def _load(torch: Any, path: Path | None) -> tuple[Any, tuple[int, ...]]:
                 torch.export.load(io.BytesIO())
         finally:
             logging.disable(disabled)
-        return torch.nn.ReLU(), (1, 1)
+        return torch.nn.ReLU(), [((1, 1), torch.float32)]
     _refuse_code(torch, path)
     try:
         program = torch.export.load(str(path))
-        (name,) = program.graph_signature.user_inputs
-        (node,) = (node for node in program.graph.nodes if node.name == name)
-        # Guards are code in the file; what they guard, the input's shape, is checked before.
-        return program.module(check_guards=False), tuple(node.meta["val"].shape)
+        nodes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        inputs = [nodes[name] for name in program.graph_signature.user_inputs]
+        # Guards are code in the file; what they guard, the inputs' shapes, is checked before.
+        return program.module(check_guards=False), [(tuple(value.shape), value.dtype) for value in inputs]
     except Exception as error:  # torch.export raises anything from KeyError to AssertionError on a damaged file
         reason = str(error).strip().splitlines()
         raise LissomError(f"PyTorch cannot open {path}: {reason[0] if reason else type(error).__name__}") from error

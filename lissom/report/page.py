@@ -161,6 +161,22 @@ def _exits(result: dict[str, Any]) -> dict[str, Any] | None:
     return {"rows": rows, "promise": promise}
 
 
+def _shift(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The exits on spoilt images: a row each, and how many images stand behind it."""
+    found = result.get("shift")
+    if not found:
+        return None
+    words = {True: "kept", False: "broken", None: "not decided"}
+    rows = [
+        {**row, "name": "as they are" if row["kind"] == "none" else f"{row['kind']} {row['strength']}",
+         "left": [_percent(share) for share in row["shares"]], "verdict": words[row["kept"]],
+         "class": {True: "good", False: "bad", None: "warn"}[row["kept"]]}
+        for row in found
+    ]  # fmt: skip
+    places = [*(d.get("at") for d in result["exits"]["decisions"]), "the end"]
+    return {"rows": rows, "places": places, "count": found[0]["count"]}
+
+
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     e, splits = result["environment"], result["task"]["splits"]
     facts = [
@@ -230,6 +246,7 @@ def render(result: dict[str, Any], most: int = 500) -> str:
         ablation=ablation,
         waterfall=result.get("waterfall") or [],
         exits=_exits(result),
+        shift=_shift(result),
         timed=any(known(row.get("with_ms")) for row in ablation),
         forest=[forest_svg(ablation, min(width, 720)) for width in WIDTHS],
         peers=peers,

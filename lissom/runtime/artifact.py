@@ -7,6 +7,9 @@
      "input": {"shape": [1, 3, 32, 32], "preprocessing": {...}}, "classes": [...], "recipe": "int8()",
      "precision": {"": 8}, "layers": [...], "verification": {...}, "metrics": {...}, "files": {"stage0.xml": "sha256"}}
 
+``packs`` is true where rows of several batches may run together (``lissom.runtime.pooling``). A weight that several
+stages read lies in one file beside the graphs, which stands among ``files``.
+
 An artifact appears whole or not at all: it is written beside its place and renamed.
 """
 

@@ -13,9 +13,11 @@ import numpy as np
 from lissom.errors import LissomError
 from lissom.registry import load_part
 from lissom.runtime.artifact import Artifact
+from lissom.runtime.pooling import filled, run_pooled
 from lissom.runtime.target import RUNTIMES, default_threads
 
-__all__ = ["Answer", "Graph", "Inspection", "LayerTime", "Stages", "inspect", "layer_times", "missing", "open_graph"]
+__all__ = ["Answer", "Graph", "Inspection", "LayerTime", "Stages", "beside", "inspect",
+           "layer_times", "missing", "open_graph"]  # fmt: skip
 
 Answer = np.ndarray | list[np.ndarray]
 
@@ -76,6 +78,13 @@ def missing(runtime: str) -> LissomError:
     return LissomError(f"{runtime} is not installed here; install it with: pip install {INSTALL[runtime]!r}")
 
 
+def beside(path: Path | None, name: Any) -> Path:
+    """The file ``name``, which options of the graph ``path`` name, in the graph's own folder and nowhere else."""
+    if path is None or not isinstance(name, str) or Path(name).name != name or not (path.parent / name).is_file():
+        raise LissomError(f"{path} lacks its file {name!r}; export it anew")
+    return path.parent / name
+
+
 def inspect(graph: Graph) -> Inspection | None:
     """What the runtime made of the graph; None where the runtime does not tell (all but OpenVINO)."""
     look = getattr(graph, "inspect", None)
@@ -98,16 +107,23 @@ class Stages:
 
     Without decisions each stage runs on what the stage before it answered. With K decisions there are K + 1 stages;
     each but the last answers (answer, score, carried...), and the next runs, on what was carried, only where the
-    decision between them does not let a sample leave: where score > threshold it does.
+    decision between them does not let a sample leave: where score > threshold it does. ``packs``: rows of what is
+    carried are those of the batch, so that rows of several batches may run together.
     """
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         self._open(artifact.graphs, artifact.runtime, artifact.plan["stages"], threads)
         decisions = artifact.plan.get("decisions") or []
-        self.thresholds = [math.inf if d["threshold"] is None else float(d["threshold"]) for d in decisions]
+        self._decide([math.inf if d["threshold"] is None else d["threshold"] for d in decisions])
+        self.packs = artifact.plan.get("packs") is True
         shares = (artifact.plan.get("exits") or {}).get("shares")
         # How often each stage is the last one, as counted on the choose split: what a measurement weighs them by.
         self.shares = np.array(shares if shares else [0.0] * len(decisions) + [1.0])
+
+    def _decide(self, thresholds: Sequence[float]) -> None:
+        self.thresholds = [float(threshold) for threshold in thresholds]
+        # An array of float32 is compared with these in float64: neither of the two is rounded.
+        self._exact = [np.float64(threshold) for threshold in thresholds]
 
     def _open(
         self, paths: Sequence[Path], runtime: str, stages: Sequence[Mapping[str, Any]], threads: int | None
@@ -124,21 +140,25 @@ class Stages:
         """Graph files that are no artifact yet, with their options; nobody leaves early."""
         opened = cls.__new__(cls)
         opened._open(paths, runtime, stages, threads)
-        opened.thresholds = [math.inf] * (len(paths) - 1)
+        opened._decide([math.inf] * (len(paths) - 1))
+        opened.packs = False
         opened.shares = np.array([0.0] * (len(paths) - 1) + [1.0])
         return opened
 
     def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
         """Run float32 ``x`` of the artifact's input shape through the stages."""
         if self.thresholds:
+            assert isinstance(x, np.ndarray)  # the input of stage 0 is one
             return self.run_exits(x)[0]
         answer: Answer = x
         for graph in self.graphs:
             answer = graph.run(answer)
         return answer
 
-    def run_exits(self, x: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def run_exits(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(answers (B, ...), the stage that gave each answer, int64 (B,)). A batch runs on until all have left."""
+        if len(x) == 1:
+            return self._run_alone(x)
         carried: np.ndarray | list[np.ndarray] = x
         answers, left = np.empty(0), np.empty(0)
         for stage, graph in enumerate(self.graphs):
@@ -150,10 +170,33 @@ class Stages:
             answers[waiting] = answer[waiting]
             if stage < len(self.thresholds):
                 assert isinstance(found, list)
-                left[waiting & (found[1].reshape(-1) > self.thresholds[stage])] = stage
+                left[waiting & (found[1].reshape(-1) > self._exact[stage])] = stage
                 if (left <= stage).all():
                     break
                 carried = found[2:]
+        return answers, left
+
+    def _run_alone(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same for one sample, for which a decision is one comparison of two numbers."""
+        carried: Any = x
+        for stage, threshold in enumerate(self.thresholds):
+            found = self.graphs[stage].run(carried)
+            if found[1].item() > threshold:
+                return found[0], np.array([stage])
+            carried = found[2:]
+        answer = self.graphs[-1].run(carried)
+        return (answer[0] if isinstance(answer, list) else answer), np.array([len(self.thresholds)])
+
+    def run_many(self, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Float32 (n, ...) of any n, ``batch`` being the graphs' own: (answers (n, ...), the stage that gave each
+        answer, int64 (n,)), in the order of ``x``.
+
+        With decisions, inputs that wait for a stage are gathered over batches (``lissom.runtime.pooling``).
+        """
+        if self.packs and batch > 1:
+            return run_pooled(self.graphs, self._exact, x, batch)
+        found = [self.run_exits(part) for part in filled(x, batch)]
+        answers, left = (np.concatenate(each)[: len(x)] for each in zip(*found, strict=True))
         return answers, left
 
     def run_all(self, x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -186,7 +229,11 @@ class Stages:
             found = graph.run(carried)
             if stage < len(self.thresholds):
                 assert isinstance(found, list)
-                bool((found[1].reshape(-1) > self.thresholds[stage]).all())  # the decision is part of the cost
+                # The decision is part of the cost.
+                if len(x) == 1:
+                    bool(found[1].item() > self.thresholds[stage])
+                else:
+                    bool((found[1].reshape(-1) > self._exact[stage]).all())
                 carried = found[2:]
             times.append(time.perf_counter() - start)
         return times

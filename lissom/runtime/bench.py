@@ -32,7 +32,7 @@ from lissom.runtime.backends import Stages, open_graph
 from lissom.runtime.energy import NOT_AVAILABLE, energy_counter
 from lissom.runtime.target import RUNTIMES, default_threads, local_capabilities
 
-__all__ = ["bench", "capabilities", "command", "environment", "main"]
+__all__ = ["bench", "capabilities", "command", "environment", "main", "paired"]
 
 VERSION = 1  # of the document
 BLOCK = 0.04  # seconds of one block: long beside a change of process, short beside what slows a machine
@@ -192,7 +192,7 @@ def _row(artifact: Artifact, rounds: list[Block], reference: list[Block]) -> dic
     batch = artifact.input_shape[0]
     speedup, interval = 1.0, (1.0, 1.0)
     if rounds is not reference:
-        speedup, interval = _paired([b.times for b in reference], [b.times for b in rounds])
+        speedup, interval = paired([b.times for b in reference], [b.times for b in rounds])
     return {
         "artifact": str(artifact.path),
         "runtime": artifact.runtime,
@@ -217,9 +217,9 @@ def _percentile(exits: np.ndarray, shares: np.ndarray, percent: float) -> float:
     return float(exits.ravel()[order[int(reached.argmax())]])
 
 
-def _paired(reference: list[np.ndarray], rounds: list[np.ndarray]) -> tuple[float, tuple[float, float]]:
+def paired(reference: list[np.ndarray], rounds: list[np.ndarray]) -> tuple[float, tuple[float, float]]:
     """The reference's time over this one's: the median over rounds of the ratio of block medians, with a 95 %
-    bootstrap interval (percentile, seeded)."""
+    bootstrap interval (percentile, seeded). Each is one array of times a round."""
     logs = np.array([math.log(np.median(r) / np.median(t)) for r, t in zip(reference, rounds, strict=True)])
     draws = np.random.default_rng(0).integers(len(logs), size=(RESAMPLES, len(logs)))
     low, high = np.percentile(np.median(logs[draws], axis=1), [2.5, 97.5])
@@ -321,7 +321,8 @@ class _Bench:
         """Seconds of one run, and until each stage's decision.
 
         Where samples leave early, every stage is run and timed, and the run counts as the mean over where samples
-        leave: its input is noise, which would leave anywhere.
+        leave: its input is noise, which would leave anywhere. Of a batch above 1 that is what one of many batches
+        costs, since inputs of several run a stage together (``Stages.run_many``).
         """
         if self.shares is not None:
             exits = self.graph.time_exits(self.x)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lissom.errors import LissomError
 from lissom.registry import register
-from lissom.runtime.backends import Answer, Inspection, LayerTime, missing
+from lissom.runtime.backends import Answer, Inspection, LayerTime, beside, missing
 
 __all__ = ["OpenVinoGraph", "import_openvino"]
 
@@ -42,7 +42,8 @@ class OpenVinoGraph:
     """A graph file (``.xml``, also ``.onnx``) compiled by OpenVINO for the processor.
 
     Options: ``precision`` (``f32``, ``bf16``, ``f16``): what the processor computes in, f32 by default, because
-    OpenVINO itself would choose bf16 where the processor has it; ``count``: keep the time of every node.
+    OpenVINO itself would choose bf16 where the processor has it; ``count``: keep the time of every node; ``weights``:
+    the file beside it that holds its weights, where that is not its own.
     """
 
     gpu = None
@@ -60,8 +61,11 @@ class OpenVinoGraph:
             "PERF_COUNT": bool(options.get("count")),
         }
         try:
+            core = openvino.Core()
             model = _empty(openvino) if path is None else str(path)
-            self.compiled = openvino.Core().compile_model(model, "CPU", config)
+            if "weights" in options:
+                model = core.read_model(model, str(beside(path, options["weights"])))
+            self.compiled = core.compile_model(model, "CPU", config)
             self.request = self.compiled.create_infer_request()
         except RuntimeError as error:
             # The last line is the reason; what precedes it is where in OpenVINO's source.

@@ -21,8 +21,11 @@ from lissom.images import Preprocessing, open_image
 from lissom.runtime.artifact import Artifact
 from lissom.runtime.backends import Answer, Stages
 from lissom.runtime.memory import Memory, Remembered
+from lissom.runtime.pooling import filled
 
 __all__ = ["Prediction", "Predictor", "load"]
+
+POOLED = 16  # batches of images that ``predict`` prepares at once where they gain from going together
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,11 @@ class Predictor:
         return self.answer(x)[0]
 
     def answer(self, x: np.ndarray) -> tuple[Answer, np.ndarray]:
-        """What calling it gives, and the stage that gave each answer, int64 (n,): 0 is the first exit."""
+        """What calling it gives, and the stage that gave each answer, int64 (n,): 0 is the first exit.
+
+        With exits and a batch above 1, many inputs in one call cost less than in several: those that wait for a stage
+        are gathered until a batch of them is there.
+        """
         x = np.asarray(x)
         if x.ndim != 1 + len(self._shape) or list(x.shape[1:]) != self._shape:
             one = " (one input is x[None])" if list(x.shape) == self._shape else ""
@@ -103,21 +110,10 @@ class Predictor:
             raise LissomError(f"the artifact takes inputs of shape (n, {want}), not {x.shape}{one}")
         if not np.issubdtype(x.dtype, np.floating):
             raise LissomError(f"the artifact takes prepared float32 inputs, not {x.dtype}; predict() prepares images")
-        answers: list[Answer] = []
-        stages = []
-        last = len(self._stages.graphs) - 1
-        for start in range(0, max(1, len(x)), self._batch):
-            part = np.ascontiguousarray(x[start : start + self._batch], np.float32)
-            if len(part) < self._batch:
-                part = np.concatenate([part, np.zeros((self._batch - len(part), *self._shape), np.float32)])
-            if self._stages.thresholds:
-                found, left = self._stages.run_exits(part)
-                answers.append(found)
-                stages.append(left)
-            else:
-                answers.append(self._stages.run(part))
-                stages.append(np.full(len(part), last))
-        where = np.concatenate(stages)[: len(x)]
+        if self._stages.thresholds:
+            return self._stages.run_many(x, self._batch)
+        answers = [self._stages.run(part) for part in filled(x, self._batch)]
+        where = np.full(len(x), len(self._stages.graphs) - 1)
         if isinstance(answers[0], list):
             return [np.concatenate(parts)[: len(x)] for parts in zip(*answers, strict=True)], where
         return np.concatenate(answers)[: len(x)], where  # type: ignore[arg-type]  # arrays all, as the first is
@@ -137,12 +133,13 @@ class Predictor:
         return self._preprocessing(image)
 
     def predict(self, images: Iterable[Any], top: int = 1) -> list[Prediction]:
-        """Classify images (see ``prepare``), a batch at a time; ``top`` classes in each ranking.
+        """Classify images (see ``prepare``), some batches at a time; ``top`` classes in each ranking.
 
         Raises LissomError, with the image's name, where one cannot be read.
         """
         predictions: list[Prediction] = []
-        for chunk in _chunks(images, self._batch):
+        pooled = self.exits > 0 and self._batch > 1
+        for chunk in _chunks(images, (POOLED if pooled else 1) * self._batch):
             names = [self._name(image, len(predictions) + i) for i, image in enumerate(chunk)]
             if self.memory is not None:
                 predictions += self._remembered(chunk, names, self.memory, top)

@@ -137,8 +137,6 @@ class Cascade(Technique):
         return _network(getattr(self, f"{place}_model"), getattr(self, f"{place}_weights"))
 
     def check(self, plan: Plan, target: Target) -> None:
-        if target.runtime != "openvino":
-            raise NotApplicable("cascades are cut out of OpenVINO graphs only: --runtime openvino")
         if plan.decisions or len(plan.stages) != 1:
             raise NotApplicable("a cascade is of networks that answer once, and the plan has exits already")
         (first, one), (second, other) = self.members().items()

@@ -113,8 +113,6 @@ class EarlyExit(Technique):
             raise ValueError("among is a tuple of places as at is, beside at and for heads='published' alone")
 
     def check(self, plan: Plan, target: Target) -> None:
-        if target.runtime != "openvino":
-            raise NotApplicable("early exits are cut out of OpenVINO graphs only: --runtime openvino")
         if plan.decisions:
             raise NotApplicable("the plan has exits already")
 

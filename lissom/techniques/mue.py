@@ -98,8 +98,6 @@ class SimilarityExit(Technique):
             raise ValueError(f"train is True or False, not {self.train!r}")
 
     def check(self, plan: Plan, target: Target) -> None:
-        if target.runtime != "openvino":
-            raise NotApplicable("similarity exits are cut out of OpenVINO graphs only: --runtime openvino")
         if plan.decisions:
             raise NotApplicable("the plan has exits already")
         if len(plan.stages) != 1:

@@ -146,15 +146,15 @@ def test_what_slows_all_changes_no_ratio() -> None:
     slow = rng.uniform(1, 5, 100)
     reference = [0.03 * np.full(3, s) for s in slow]
     half = [0.015 * np.full(6, s) for s in slow]
-    speedup, (low, high) = module._paired(reference, half)
+    speedup, (low, high) = module.paired(reference, half)
     assert speedup == pytest.approx(2)
     assert (low, high) == pytest.approx((2, 2))
     # Unpaired noise widens the interval, which still holds the truth; the same seed gives the same interval.
     noisy = [r * n for r, n in zip(half, rng.lognormal(0, 0.2, 100), strict=True)]
-    speedup, (low, high) = module._paired(reference, noisy)
+    speedup, (low, high) = module.paired(reference, noisy)
     assert low < 2 < high
     assert high - low > 0.01
-    assert module._paired(reference, noisy) == (speedup, (low, high))
+    assert module.paired(reference, noisy) == (speedup, (low, high))
 
 
 def test_warm_up_goes_on_until_times_settle(monkeypatch: pytest.MonkeyPatch) -> None:
