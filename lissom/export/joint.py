@@ -118,7 +118,8 @@ class Joint(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        scores, states = [], []
+        scores: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
         for score, answer, path in zip(self.score, answers, self.compared, strict=False):
             if isinstance(score, AgreementRun | SureRun):
                 own, state = score(answer, states[-1] if states else None)

@@ -96,7 +96,9 @@ class ConvertingAutoencoder(nn.Module):
         for buffer, value in ((self.pixels.mean, mean), (self.pixels.std, std)):
             numbers = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
             if len(numbers) not in (1, len(buffer)):
-                raise LissomError(f"{len(numbers)} numbers normalise {len(buffer)} channels; give one, or one a channel")
+                raise LissomError(
+                    f"{len(numbers)} numbers normalise {len(buffer)} channels; give one, or one a channel"
+                )
             buffer.copy_(numbers.expand_as(buffer))
         if not bool((self.pixels.std > 0).all()):
             raise LissomError(f"std is {std}; images are divided by it, so it is above 0")
@@ -110,9 +112,7 @@ class ConvertingAutoencoder(nn.Module):
         return self.normalise(self.decoder(code).unflatten(1, self.shape))
 
 
-def _layers(
-    widths: Sequence[int], inner: Callable[[], nn.Module], last: Callable[[], nn.Module]
-) -> nn.Sequential:
+def _layers(widths: Sequence[int], inner: Callable[[], nn.Module], last: Callable[[], nn.Module]) -> nn.Sequential:
     """Linear layers with ``inner`` between them and ``last`` behind."""
     layers: list[nn.Module] = []
     for own, following in itertools.pairwise(widths):

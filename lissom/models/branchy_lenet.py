@@ -1,7 +1,7 @@
 """BranchyLeNet: a small network for grey images of 28 x 28 with an exit behind its first stage; teacher of CBNet.
 
 After BranchyNet's LeNet (arXiv 1709.01686), which CBNet (arXiv 2403.07036) takes its light classifier from. Neither
-paper's table of layers was at hand: the layers are this library's own. With the defaults the light network takes 191,100
+paper's table of layers was at hand: the layers are lissom's own. With the defaults the light network takes 191,100
 multiply-accumulates, and what only the last answer needs takes 2,207,000.
 """
 
@@ -142,7 +142,10 @@ def _cfg(mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {"branchy_lenet": _cfg((0.1307,), (0.3081,)), "light_lenet": _cfg((0.1307,), (0.3081,)) | {"classifier": "branch.4"}}
+    {
+        "branchy_lenet": _cfg((0.1307,), (0.3081,)),
+        "light_lenet": _cfg((0.1307,), (0.3081,)) | {"classifier": "branch.4"},
+    }
 )
 
 

@@ -10,7 +10,7 @@ are, and with half of them, in training and in test, turned by up to 40 degrees 
 The control says what the autoencoder is good for: plain networks of CBNet's multiplications, one fully connected and
 one convolutional, trained on the labels for as many epochs as the network, autoencoder and fine-tuning have together.
 
-Times are of one image at a time on one thread, measured in turn; a cascade's is composed of the two ways that its images
+Times are of one image at a time on one thread, in turn; a cascade's is composed of the two ways that its images
 take. The data are MNIST where the folder LISSOM_DATA has it, else, and in quick runs, scikit-learn's digits.
 """
 
@@ -162,7 +162,7 @@ def plain_cnn(macs: int, side: int, classes: int) -> nn.Module:
 def _compare(
     task: Task, scale: _Scale, seed: int, condition: str, settings: Settings
 ) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """The networks, and all figures of one seed: ``accuracy``, ``hard`` (accuracy on the images that the exit keeps) and
+    """The networks, and all figures of one seed: ``accuracy``, ``hard`` (of the images that the exit keeps) and
     ``easy`` (share of images below the threshold), each by arm, in points; and ``cost`` by arm."""
     classes, shape = len(task.classes), task.shape
     labels = torch.from_numpy(np.asarray(task.report.labels))
@@ -231,7 +231,9 @@ def _tuned(rule: str) -> str:
     return f"CBNet, {rule}, fine-tuned"
 
 
-def _claims(found: Mapping[str, Sequence[Mapping[str, Any]]], times: Mapping[str, Sequence[float]]) -> tuple[Claim, ...]:
+def _claims(
+    found: Mapping[str, Sequence[Mapping[str, Any]]], times: Mapping[str, Sequence[float]]
+) -> tuple[Claim, ...]:
     def values(figure: str, arm: str, condition: str = "clean") -> list[float]:
         return [each[figure][arm] for each in found[condition] if arm in each[figure]]
 
@@ -275,7 +277,9 @@ def _rows(found: Mapping[str, Sequence[Mapping[str, Any]]], times: Mapping[str, 
         for figure, metric in metrics.items():
             for arm in arms:
                 if all(arm in each[figure] for each in figures):
-                    cost = {k: float(np.mean([each["cost"][arm][k] for each in figures])) for k in figures[0]["cost"][arm]}
+                    cost = {
+                        k: float(np.mean([each["cost"][arm][k] for each in figures])) for k in figures[0]["cost"][arm]
+                    }
                     values = tuple(each[figure][arm] for each in figures)
                     rows.append(Row(f"{condition}, {arm}", metric, values, "%", cost if figure == "accuracy" else {}))
     shares = [each["easy"][LIGHT] / 100 for each in found["clean"]]
@@ -296,7 +300,7 @@ def _notes(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, ...]:
     return (
         f"Thresholds, chosen on training images: {'; '.join(chosen)}.",
         "Hard images are the test images that the exit keeps at that threshold.",
-        "The paper's layers could not be read; network and autoencoder are this library's own. Its 4.8 times and 79 % are "
+        "The paper's layers could not be read; network and autoencoder are lissom's own. Its 4.8 times and 79 % are "
         "claims about systems and devices that are not compared here.",
         "With one target a class, the autoencoder is a classifier whose classes are drawn as images.",
     )

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lissom.errors import LissomError, NotApplicable
+from lissom.errors import NotApplicable
 from lissom.export.capture import clone
 from lissom.export.plan import Exit, Plan
 from lissom.export.truncation import truncate
@@ -53,7 +53,7 @@ class Converting(Technique):
     autoencoder's encoder, ``code``: of what it ends in. ``target``: which easy image of its class an image becomes,
     "prototype" (one for the whole class), "random" or "keep" (easy ones stay). ``activity``: weight of the L1 norm of
     the code. ``threshold``: entropy in nats below which an image is easy, or "auto": 30 to 70 % of the training images
-    are. ``finetune``: epochs of the light network on converted images, where a recovery lasts five; the exit's head then
+    are. ``finetune``: epochs of the light network on converted images, where a recovery lasts five; the exit's head
     has five before, and the autoencoder fifteen. ``force``: also for images that this is not made for, and where it
     saves no multiplications.
     """
@@ -65,8 +65,8 @@ class Converting(Technique):
         "leave one of the two out",
         "low_rank": "its training compares features of one image in two networks, and converting shows the network "
         "another image; leave one of the two out",
-        "token_clustering": "converting takes a part out of the network, and a clustering, which hangs on its modules by "
-        "hooks, cannot go with it; leave one of the two out",
+        "token_clustering": "converting takes a part out of the network, and a clustering, which hangs on its modules "
+        "by hooks, cannot go with it; leave one of the two out",
     }
 
     at: str | int | None = None
@@ -135,8 +135,9 @@ class Converting(Technique):
         own = autoencoder.macs
         if own + rest >= whole and not self.force:
             raise NotApplicable(
-                f"converting would save nothing: the autoencoder takes {own / 1e6:.3g} and the network up to {exit.at!r} "
-                f"{rest / 1e6:.3g} million multiplications, the whole network {whole / 1e6:.3g}; choose smaller hidden="
+                f"converting would save nothing: the autoencoder takes {own / 1e6:.3g} and the network up to "
+                f"{exit.at!r} {rest / 1e6:.3g} million multiplications, the whole network {whole / 1e6:.3g}; "
+                "choose smaller hidden="
             )
         notes = [
             f"converting: an autoencoder ({own / whole:.0%} of the network's multiplications), then the network up to "
@@ -166,8 +167,8 @@ class Converting(Technique):
         if not self.force and (channels > 1 or height * width > LARGEST):
             raise NotApplicable(
                 f"converting is for grey images up to about 32 x 32, and these are {height} x {width} of {channels} "
-                f"channel{'s' * (channels > 1)}: larger and natural images its autoencoder cannot make anew (its authors' "
-                "own finding on CIFAR-10); force=True tries it all the same"
+                f"channel{'s' * (channels > 1)}: larger and natural images its autoencoder cannot make anew (its "
+                "authors' own finding on CIFAR-10); force=True tries it all the same"
             )
 
     def _exit(self, plan: Plan, task: Task) -> tuple[Exit, nn.Module]:

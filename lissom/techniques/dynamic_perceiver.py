@@ -188,7 +188,7 @@ def _by_features(model: nn.Module, shape: tuple[int, ...], maps: Sequence[CutPoi
     told = getattr(model, "feature_info", None)
     if not isinstance(told, list):
         return None
-    names = [entry.get("module") for entry in told if isinstance(entry, Mapping)]
+    names = [str(entry.get("module")) for entry in told if isinstance(entry, Mapping)]
     known = dict(model.named_modules())
     if len(names) < STAGES or not all(name in known for name in names):
         return None

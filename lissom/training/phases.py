@@ -32,8 +32,8 @@ def fit_phases(
     progress: Callable[[FitEvent], None] | None = None,
     **settings: Any,
 ) -> tuple[FitResult, ...]:
-    """Train ``model`` in place, phase by phase, each a ``Recovery`` from ``original``, or from the model itself where it
-    trains heads alone; one result a phase. The model is left in evaluation mode.
+    """Train ``model`` in place, phase by phase, each a ``Recovery`` from ``original``, or from the model itself where
+    it trains heads alone; one result a phase. The model is left in evaluation mode.
 
     A phase lasts ``epochs`` and ``max_steps`` times its length, at least one of each; of ``time_limit``, in seconds for
     all together, it has a share in proportion to its length. ``folder`` keeps a checkpoint a phase, in a folder of its
@@ -41,7 +41,8 @@ def fit_phases(
     that the result is that of an uninterrupted run. ``progress`` counts epochs over all phases. ``settings`` are those
     of ``fit``.
 
-    Raises LissomError for no phases, a phase of a module that the model lacks, heads where there are none, and what ``fit`` refuses.
+    Raises LissomError for no phases, a phase of a module that the model lacks, heads where there are none, and what
+    ``fit`` refuses.
     """
     if not phases:
         raise LissomError("a recovery without phases has nothing to learn")

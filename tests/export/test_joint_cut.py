@@ -182,7 +182,7 @@ def test_rules_of_patience_are_cut_exactly_and_are_the_published_ones(
     rule: str, patience: int, quantised: bool
 ) -> None:
     ov = import_openvino()
-    plan, graph, outputs = decided(rule, patience, quantised)
+    _, graph, outputs = decided(rule, patience, quantised)
     assert [len(outputs.boundary(i)) for i in range(4)] == [2, 2, 2, 1]  # the last stage decides nothing
     cut = cut_graph(graph, outputs)
     assert [len(stage.inputs) for stage in cut] == [1, 2, 2, 2, 1]

@@ -1,4 +1,4 @@
-"""The CBNet proof: distorted images, controls of one size, verdicts from figures, and one run for real, in miniature."""
+"""The CBNet proof: distorted images, controls of one size, verdicts from figures, and one run in miniature."""
 
 from __future__ import annotations
 
@@ -82,7 +82,14 @@ def test_rows_hold_one_figure_a_seed(result: ProofResult) -> None:
     assert all(len(row.values) == 2 and min(row.values) >= 0 for row in result.rows)
     rows = {(row.name, row.metric): row for row in result.rows}
     for condition in cbnet.CONDITIONS:
-        for arm in (cbnet.WHOLE, cbnet.LIGHT, cbnet.CASCADE, "CBNet, random", "CBNet, prototype, fine-tuned", cbnet.CNN):
+        for arm in (
+            cbnet.WHOLE,
+            cbnet.LIGHT,
+            cbnet.CASCADE,
+            "CBNet, random",
+            "CBNet, prototype, fine-tuned",
+            cbnet.CNN,
+        ):
             row = rows[f"{condition}, {arm}", "accuracy"]
             assert all(value <= 100 for value in row.values)
             assert row.cost["10^6 MACs"] > 0

@@ -1,4 +1,4 @@
-"""The main job with converting: small grey images, the whole way from the plan to the artifact, and killed on the way."""
+"""The main job with converting: small grey images, the whole way from plan to artifact, and killed on the way."""
 
 from __future__ import annotations
 

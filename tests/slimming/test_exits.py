@@ -22,7 +22,7 @@ SIZES = {"fit": 64, "choose": 1200, "report": 300}
 
 
 def task(images: bool) -> Task:
-    """The patterns as tensors; or as images, of whose values 32 are one of the network's units and 96 are its nought."""
+    """The patterns as tensors; or as images, of whose values 32 are one of the network's units, 96 its nought."""
     preprocessing = Preprocessing(16, 16, 3, mean=(96 / 255,) * 3, std=(32 / 255,) * 3)
     splits = {}
     for number, (name, count) in enumerate(SIZES.items()):

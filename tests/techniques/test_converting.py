@@ -57,7 +57,8 @@ def lenet() -> nn.Module:
 
 
 def images(name: str, count: int, seed: int, labelled: bool = True) -> ArraySplit:
-    """The lower half, the right one, where both meet, or all of it bright, in noise; pixels from 0 to 1, normalised by 0.5 and 0.25."""
+    """The lower half, the right one, where both meet, or all of it bright, in noise; pixels from 0 to 1,
+    normalised by 0.5 and 0.25."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 4, count)
     x = rng.uniform(0, 0.4, (count, *SHAPE)).astype(np.float32)
@@ -349,8 +350,7 @@ def test_int8_behind_it_keeps_what_it_is_to_keep(tmp_path) -> None:  # type: ign
         plain = {
             artifact.plan["nodes"].get(node.get_friendly_name().partition("/")[0], "")
             for node in graph.get_ordered_ops()
-            if node.get_type_name() == "Convolution"
-            and node.input_value(1).get_node().get_type_name() == "Constant"
+            if node.get_type_name() == "Convolution" and node.input_value(1).get_node().get_type_name() == "Constant"
         }
         return plain, run_artifact(artifact, of.choose.inputs(slice(0, 32)), 1)
 

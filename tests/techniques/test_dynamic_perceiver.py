@@ -142,7 +142,7 @@ def test_stages_of_the_users_choice(model: nn.Module) -> None:
     assert branch is not None
     assert branch.places == chosen
     assert changed.decisions[2].carries[0] == "perceiver.hand"
-    with pytest.raises(NotApplicable, match="in order of execution, not stem, body.2, body.0"):
+    with pytest.raises(NotApplicable, match=r"in order of execution, not stem, body\.2, body\.0"):
         stage_ends(model, SHAPE, ("stem", "body.2", "body.0", "body.3", "body.4"))
     with pytest.raises(NotApplicable, match="no module 'nowhere'"):
         stage_ends(model, SHAPE, ("nowhere", *chosen[1:]))
@@ -318,7 +318,7 @@ def test_what_is_refused(model: nn.Module, plan: Plan) -> None:
     for wrong in ({"latents": 12}, {"latents": 4}, {"latents": 8.5}, {"depths": (1, 1)}, {"depths": (0, 1, 1, 1)},
                   {"depths": 3}, {"widening": 0}, {"risk": 0}, {"rule": "mood"}, {"stages": ("a", "b")},
                   {"stages": "layer1"}, {"at": ()}):  # fmt: skip
-        with pytest.raises(ValueError, match="latents|depths|widening|risk|rule|stages|at is"):
+        with pytest.raises(ValueError, match=r"latents|depths|widening|risk|rule|stages|at is"):
             DynamicPerceiver(**wrong)
     ready = Plan.of(tiny().eval(), SHAPE)
     with pytest.raises(NotApplicable, match=r"early_exit\(\) leaves through those"):

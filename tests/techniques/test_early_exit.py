@@ -609,7 +609,7 @@ def test_a_model_leaves_through_the_exits_it_arrived_with(name: str) -> None:
         some = EarlyExit(at=(1, 4)).apply(plan, task())
         for own, other in zip(some.model(x), (want[0], want[2], want[3]), strict=True):
             torch.testing.assert_close(own, other)
-    with pytest.raises(NotApplicable, match="arrives with trained exits behind .*, and none behind"):
+    with pytest.raises(NotApplicable, match=r"arrives with trained exits behind .*, and none behind"):
         EarlyExit(at=(3,)).apply(plan, task())
     fresh = EarlyExit(at=(3,), heads="linear").apply(plan, task())
     assert kinds_of(fresh) == ["LinearExit"]

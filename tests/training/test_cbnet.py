@@ -43,8 +43,7 @@ def test_the_published_rules() -> None:
         found = pair_targets(entropy, right, labels, easy, "keep")
         assert found.tolist() == case["target_index_keep_easy_lowest_entropy"]
         code, made, target = (
-            torch.tensor(case[name], dtype=torch.float64)
-            for name in ("encoder_activation", "reconstruction", "target")
+            torch.tensor(case[name], dtype=torch.float64) for name in ("encoder_activation", "reconstruction", "target")
         )
         assert float(conversion_loss(made, target, code, 0.0)) == pytest.approx(case["mse"], rel=1e-12)
         assert float(code.abs().sum(1).mean()) == pytest.approx(case["activity_l1_mean"], rel=1e-12)

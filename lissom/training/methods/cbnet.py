@@ -9,7 +9,7 @@ the autoencoder minimises
 over pixels from 0 to 1. The paper's rule for which easy image is the target is not known to us; there are three:
 
 - "keep": an easy image that is classified rightly is its own target, any other gets the easiest of its class;
-- "random": an easy image of the class, drawn anew each time (the best answer then is the mean of the class's easy ones);
+- "random": an easy image of the class, drawn anew each time (the best answer is then their mean);
 - "prototype": the easiest of the class for all of it.
 
 The functions of tensors are public; ``Conversion`` is the term of a recovery, whose model is a sequence of
@@ -241,7 +241,12 @@ class Conversion(Term):
         return conversion_loss(made[known], wanted.flatten(1)[known], code[known], self.activity)
 
     def _wanted(
-        self, autoencoder: ConvertingAutoencoder, light: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, task: Task
+        self,
+        autoencoder: ConvertingAutoencoder,
+        light: nn.Module,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        task: Task,
     ) -> torch.Tensor:
         """The targets of a batch, pixels (B, C, H, W); of a class without any, zeros."""
         pairs = self._pairs
