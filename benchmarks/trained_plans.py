@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Maker:
     """Plans and artifacts of one model by recipes."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    def __init__(self, options: argparse.Namespace, steps: int | None = None) -> None:
+        self.options, self.steps = options, steps or RECOVERY_STEPS
         loaded = load_model(options.model, weights=options.weights, arch=options.arch)
         if not loaded.trained:
             raise LissomError(f"{loaded.name} comes without trained weights: give --weights FILE")
@@ -60,7 +60,7 @@ class Maker:
     def target(self, runtime: str = "openvino", batch: int = 1) -> Target:
         return Target(runtime, threads=self.options.threads, batch=batch)
 
-    def plan(self, recipe: Recipe, target: Target) -> Plan:
+    def plan(self, recipe: Recipe, target: Target, seed: int = 0) -> Plan:
         """The recipe's plan, trained where it asks for it."""
         recoverer = Recoverer(
             self.base,
@@ -68,9 +68,9 @@ class Maker:
             self.target(),
             self.options.work / "recovery",
             epochs=RECOVERY_EPOCHS,
-            steps=RECOVERY_STEPS,
+            steps=self.steps,
             seconds=None if self.options.recover is None else 60 * self.options.recover,
-            seed=0,
+            seed=seed,
             threads=default_threads(),
         )
         return recoverer.recover(recipe, recipe.apply(self.base, self.task, target))

@@ -199,7 +199,12 @@ def _document(result: subprocess.CompletedProcess[bytes], where: str = "this mac
     return document
 
 
+LISTS = ("speedup_ci", "stages_ms")  # what JSON has no tuples for
+
+
 def _measurements(document: dict[str, Any]) -> list[Measurement]:
     known = {field.name for field in fields(Measurement)}
     rows = [{key: value for key, value in row.items() if key in known} for row in document["artifacts"]]
-    return [Measurement(**row | {"speedup_ci": tuple(row["speedup_ci"])}) for row in rows]
+    return [
+        Measurement(**row | {name: tuple(row[name]) for name in LISTS if row.get(name) is not None}) for row in rows
+    ]

@@ -16,6 +16,7 @@ class Measurement:
     """What one artifact cost on the device. Times are of one batch; None means that it is not available here.
 
     ``speedup`` is the reference's time over this one's, paired block by block in the same run, with its 95 % interval.
+    ``stages_ms``: the time until each stage has decided, the last stage's until the answer.
     ``memory_mb`` is the process's peak (VmHWM), ``memory_above_empty_mb`` the peak above an empty graph's in the same
     runtime, ``steady_mb`` the resident size between runs; MB are 10^6 bytes. ``throughput`` is samples a second.
     """
@@ -30,6 +31,7 @@ class Measurement:
     steady_mb: float | None = None
     energy_mj: float | None = None
     energy_source: str = "not available"
+    stages_ms: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -199,6 +199,7 @@ def _row(artifact: Artifact, rounds: list[Block], reference: list[Block]) -> dic
         "batch": batch,
         "runs": len(taken),
         "latency_ms": 1e3 * float(np.percentile(taken, 50)),
+        "stages_ms": [1e3 * float(t) for t in np.median(exits, axis=0)],
         "p95_ms": 1e3 * _percentile(exits, np.array(shares), 95),
         "throughput": batch / float(taken.mean()),
         "speedup": speedup,
