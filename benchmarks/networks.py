@@ -6,7 +6,7 @@ For each family its smallest variant and a peer, with random weights (times do n
 folded and branches merged in both: latency at batch 1 and throughput at batch 16, in PyTorch eager, torch.compile and
 OpenVINO, all in float32. Of a pair both are measured in turns in one run, each in a process of its own; what is
 reported is the peer's time over the network's, with the 95 % interval of the paired ratio. A row that is in ``--work``
-is not measured again. ``--device cuda`` measures eager and compiled on a GPU, in half precision, instead, and batches of
+is not measured again. ``--device cuda`` measures eager and compiled on a GPU, in half precision, and batches of
 128 as well.
 
 Writes docs/benchmarks/networks.md (networks-cuda.md).
