@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -96,7 +97,7 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {}
     for pair in wanted:
-        row = rows[pair.network] = sizes(pair)
+        row = rows[pair.network] = sizes(pair, options.work)
         for form in forms:
             for batch in BATCHES[options.device]:
                 key = f"{form} {batch}"
@@ -115,6 +116,7 @@ def main() -> int:
     return 0
 
 
+@functools.lru_cache(maxsize=2)
 def built(name: str, side: int) -> nn.Module:
     """The network in the form it is used in: norms folded, branches merged."""
     torch.manual_seed(0)
@@ -123,14 +125,18 @@ def built(name: str, side: int) -> nn.Module:
     return model.eval()
 
 
-def sizes(pair: Pair) -> dict[str, Any]:
-    """Parameters and MACs of both, as published forms have them."""
+def sizes(pair: Pair, work: Path) -> dict[str, Any]:
+    """Parameters and MACs of both, as published forms have them; counted once."""
+    kept = work / f"sizes-{pair.network}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     found: dict[str, Any] = {}
     for role, name in (("network", pair.network), ("peer", pair.peer)):
         model = create_model(name).eval()
         found[f"{role}_parameters"] = sum(p.numel() for p in model.parameters())
         costs = layer_costs(model, (3, pair.side, pair.side))
         found[f"{role}_macs"] = sum(cost.macs for cost in costs)
+    write_atomic(kept, json.dumps(found))
     return found
 
 
