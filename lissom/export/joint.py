@@ -109,8 +109,10 @@ class Joint(nn.Module):
         turned: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for path in filter(None, self.compared):
 
-            def compare(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, path: str = path) -> None:
-                turned[path] = first_argument(args, kwargs), output
+            def compare(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                found = first_tensor(output)
+                assert found is not None  # a block of a stack
+                turned[path] = first_argument(args, kwargs), found
 
             handles.append(self.model.get_submodule(path).register_forward_hook(compare, with_kwargs=True))
         try:

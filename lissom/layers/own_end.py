@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lissom.errors import LissomError
-from lissom.layers.exits import ExitHook, Exits, attach_exits
+from lissom.layers.exits import ExitHook, Exits, attach_exits, first_tensor
 
 __all__ = ["BlockStack", "OwnEnd", "attach_own_ends", "block_stacks", "first_argument", "own_end_error"]
 
@@ -31,13 +31,19 @@ class BlockStack:
     """Blocks of one class that follow each other in one container and keep the shape of the tensor they hand on.
 
     ``paths``: theirs, in order. ``shape``: one sample's tensor. ``before``: the outermost modules that have answered
-    when the first block begins. ``first``: which child of the container the first block is.
+    when the first block begins. ``first``: which child of the container the first block is. ``beside``: what a block
+    answers behind that tensor, no tensors, where it answers with a tuple; None where it answers with the tensor.
     """
 
     paths: tuple[str, ...]
     shape: tuple[int, ...]
     before: tuple[str, ...] = ()
     first: int = 0
+    beside: tuple[Any, ...] | None = None
+
+    def answer(self, h: Any) -> Any:
+        """``h`` in the form that a block answers in."""
+        return h if self.beside is None else (h, *self.beside)
 
 
 @dataclass
@@ -53,10 +59,14 @@ class _Call:
     @property
     def shape(self) -> torch.Size | None:
         """The shape of the tensor that it took and gave; None where it ran more than once, or the two differ."""
-        both = isinstance(self.given, torch.Tensor) and isinstance(self.answered, torch.Tensor)
-        if self.count != 1 or not both or self.given.shape != self.answered.shape or self.given.ndim < 2:
+        given, answered = self.given, first_tensor(self.answered)
+        if self.count != 1 or answered is None or not isinstance(given, torch.Tensor):
             return None
-        return self.given.shape
+        return given.shape if given.shape == answered.shape and given.ndim > 1 else None
+
+    @property
+    def beside(self) -> tuple[Any, ...] | None:
+        return tuple(self.answered[1:]) if isinstance(self.answered, tuple) else None
 
 
 @torch.no_grad()
@@ -106,7 +116,8 @@ def block_stacks(model: nn.Module, x: torch.Tensor) -> list[BlockStack]:
             for first, run in _runs(names, modules, calls):
                 shape = calls[run[0]].shape
                 assert shape is not None
-                found.append(BlockStack(tuple(run), tuple(shape[1:]), _before(calls, calls[run[0]].begun), first))
+                before = _before(calls, calls[run[0]].begun)
+                found.append(BlockStack(tuple(run), tuple(shape[1:]), before, first, calls[run[-1]].beside))
     return found
 
 
@@ -120,7 +131,10 @@ def _runs(
         if fits and run:
             last, here = calls[run[-1]], calls[name]
             fits = (
-                last.shape == here.shape and last.ended < here.begun and type(modules[name]) is type(modules[run[-1]])
+                last.shape == here.shape
+                and last.ended < here.begun
+                and last.beside == here.beside
+                and type(modules[name]) is type(modules[run[-1]])
             )
             if not fits and len(run) > 1:
                 yield number - len(run), run
@@ -174,8 +188,12 @@ def _silent(
     """Within it no hook runs, modules before the stack answer what they answered, blocks hand on their input, and the
     last block answers ``h``."""
     modules = dict(model.named_modules())
-    forwards: dict[str, Callable[..., Any]] = dict.fromkeys(stack.paths[:-1], _first_of)
-    forwards[stack.paths[-1]] = lambda *args, **kwargs: h
+
+    def handed_on(*args: Any, **kwargs: Any) -> Any:
+        return stack.answer(first_argument(args, kwargs))
+
+    forwards: dict[str, Callable[..., Any]] = dict.fromkeys(stack.paths[:-1], handed_on)
+    forwards[stack.paths[-1]] = lambda *args, **kwargs: stack.answer(h)
     for path, outputs in answered.items():
         forwards[path] = _again(outputs, modules[path].forward)
     hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules.values()]
@@ -194,11 +212,6 @@ def _silent(
                 modules[path].__dict__["forward"] = before
         for module, ahead, behind in hooks:
             module._forward_pre_hooks, module._forward_hooks = ahead, behind
-
-
-def _first_of(*args: Any, **kwargs: Any) -> Any:
-    """The forward pass of a block that is left out."""
-    return first_argument(args, kwargs)
 
 
 def _again(outputs: Sequence[Any], forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -284,8 +297,10 @@ def own_end_error(model: nn.Module, stack: BlockStack, x: torch.Tensor) -> float
     for path in stack.before:
         handles.append(model.get_submodule(path).register_forward_hook(_Remember(running, path)))
 
-    def last(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        found["h"] = output
+    def last(module: nn.Module, inputs: Any, output: Any) -> None:
+        h = first_tensor(output)
+        assert h is not None  # a block of a stack
+        found["h"] = h
 
     def compare(module: nn.Module, inputs: Any, output: Any) -> None:
         found["answer"] = output[-1] if isinstance(output, tuple) else output

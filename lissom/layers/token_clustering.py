@@ -312,8 +312,8 @@ def find_token_blocks(model: nn.Module) -> TokenBlocks | None:
     """The first list of transformer blocks in the model, by public structure; None where there is none.
 
     Known are timm's vision transformers (``blocks`` beside a ``patch_embed`` with a ``grid_size``), transformers' ViT,
-    DeiT and DINOv2 (``encoder.layer`` beside ``embeddings.patch_embeddings``) and torchvision's (``encoder.layers``
-    beside an ``image_size`` and a ``patch_size``), also as a part of a larger model.
+    DeiT and DINOv2 (``encoder.layer``, in newer versions ``layers``, beside ``embeddings.patch_embeddings``) and
+    torchvision's (``encoder.layers`` beside an ``image_size`` and a ``patch_size``), also as a part of a larger model.
     """
     for path, module in model.named_modules():
         for look in (_as_timm, _as_transformers, _as_torchvision):
@@ -337,7 +337,7 @@ def _as_transformers(module: nn.Module) -> TokenBlocks | None:
     patches = getattr(embeddings, "patch_embeddings", None)
     tokens = (getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens"))
     prefix = sum(token.shape[1] for token in tokens if isinstance(token, torch.Tensor))
-    return _of_image(module, "encoder.layer", patches, prefix)
+    return _of_image(module, "encoder.layer", patches, prefix) or _of_image(module, "layers", patches, prefix)
 
 
 def _as_torchvision(module: nn.Module) -> TokenBlocks | None:

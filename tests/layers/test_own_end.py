@@ -296,3 +296,39 @@ def test_what_is_refused(x):
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == forwards
     assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
     assert len(model(x)) == 2
+
+
+def test_blocks_that_answer_with_a_tuple_are_a_stack_too(x):
+    """As transformers' Swin's do: (tensor, None); what stands beside the tensor is handed on as it was."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return h + self.linear(h), None
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 16, 8, 8)
+            self.layers = nn.ModuleList(Block() for _ in range(3))
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.embed(x).flatten(2).transpose(1, 2)
+            for layer in self.layers:
+                h, weights = layer(h)
+                assert weights is None
+            return self.head(h.mean(1))
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    (stack,) = block_stacks(model, x)
+    assert (stack.paths, stack.beside) == (("layers.0", "layers.1", "layers.2"), (None,))
+    assert own_end_error(model, stack, x) == 0
+    want = model.head(model.layers[0](model.embed(x).flatten(2).transpose(1, 2))[0].mean(1))
+    attach_own_ends(model, stack, ["layers.0"])
+    early, _ = model(x)
+    torch.testing.assert_close(early, want)
