@@ -17,6 +17,7 @@ reference vision transformer is the repository's own. Three stages, each resumab
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -223,7 +224,7 @@ def train_one(options: argparse.Namespace) -> None:
     if arm.title == STATIC:
         plan = smaller(arm, maker, options, seed)
     else:
-        recipe = Recipe.parse(recipe_of(arm, options, seed))
+        recipe = Recipe.of(recipe_of(arm, options, seed))
         try:
             plan = maker.plan(recipe, maker.target(), seed=seed)
         except NotApplicable as error:
@@ -335,7 +336,7 @@ def choices(arm: Arm, maker: Maker, options: argparse.Namespace) -> Iterator[tup
 
         yield (), Plan.of(getattr(adaptive_networks, arm.smaller)().eval(), maker.task.shape)
         return
-    recipe = Recipe.parse(recipe_of(arm, options, 0))
+    recipe = Recipe.of(recipe_of(arm, options, 0))
     whole = recipe.apply(maker.base, maker.task, maker.target())
     every = tuple(exit.at for exit in whole.decisions)
     yield every, whole
@@ -343,7 +344,8 @@ def choices(arm: Arm, maker: Maker, options: argparse.Namespace) -> Iterator[tup
         return
     (technique,) = recipe.techniques
     tried = [tuple(places) for places in technique.space(maker.base, maker.target()).get("at", ())]
-    for places in dict.fromkeys(tried or [(place,) for place in every]):
+    some = [c for n in range(1, len(every)) for c in itertools.combinations(every, n)]
+    for places in dict.fromkeys(tried or some):
         if places != every and set(places) <= set(every):
             fewer = replace(recipe, techniques=(technique.only(places),))
             yield places, fewer.apply(maker.base, maker.task, maker.target())

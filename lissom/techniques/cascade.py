@@ -34,6 +34,7 @@ from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES, Probe, Subset, Technique
+from lissom.techniques.early_exit import operations
 from lissom.techniques.low_rank import LowRank
 from lissom.techniques.recipe import Recipe, was_given
 from lissom.techniques.token_clustering import ClusterTokens
@@ -180,7 +181,7 @@ class Cascade(Technique):
         first, second = (Member(clone(changed.model), self._prepare(path, task)) for path, changed in plans.items())
         model = Both(first, second, self.score if self.postcheck else None).eval()
         spent = [
-            _operations(changed.model, task.shape) / _operations(plan.model, task.shape) for changed in plans.values()
+            operations(changed.model, task.shape) / operations(plan.model, task.shape) for changed in plans.values()
         ]
         leaving = Exit(
             "first", RULES[self.score], self.risk, cost=spent[0], heads=sum(spent) - 1, carries=model.carries
@@ -300,15 +301,6 @@ def _outputs(model: nn.Module, shape: tuple[int, ...], what: str) -> int:
     if not isinstance(answer, torch.Tensor) or answer.ndim != 2:
         raise NotApplicable(f"the {name} network does not answer with one number a class, as a cascade needs")
     return answer.shape[1]
-
-
-def _operations(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one input."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape))
-    return max(1, counter.get_total_flops() // 2)
 
 
 def _notes(plan: Plan, plans: Any) -> list[str]:

@@ -467,6 +467,14 @@ def operations(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of one input."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape))
+    # The counter hooks whatever asks for gradients, also where none are computed, and fails on a view of a parameter.
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *shape))
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
     return max(1, counter.get_total_flops() // 2)
