@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from lissom.models.convfirst import BlockStack

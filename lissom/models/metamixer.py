@@ -18,9 +18,9 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    reparameterize_model,
 )
 from timm.models._features import feature_take_indices
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from lissom.layers.conv_norm import ConvNorm, _affine

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timm.models import reparameterize_model
 from timm.models.vision_transformer import Attention
+from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.nn import functional
 

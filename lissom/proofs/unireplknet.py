@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from lissom.data.sounds import read_sounds

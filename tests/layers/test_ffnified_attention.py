@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from lissom.layers.ffnified_attention import FFNifiedAttention, MetaMixer, RepDepthwise

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from lissom.layers.horfpn import HorFPN

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import SqueezeExcite
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from lissom.errors import LissomError

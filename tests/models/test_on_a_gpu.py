@@ -51,11 +51,13 @@ def test_a_network_answers_and_learns_as_on_the_processor(name: str) -> None:
         torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-4)
     torch.stack([a.square().mean() for a in own]).sum().backward()
     torch.stack([b.square().mean() for b in other]).sum().backward()
+    # Sums of thousands of terms that nearly cancel have an error in proportion to the terms, not to the sum.
+    largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     for (path, p), q in zip(model.named_parameters(), there.parameters(), strict=True):
         if p.grad is None or q.grad is None:
             assert p.grad is q.grad, path
             continue
-        scale = max(float(p.grad.abs().max()), 1e-6)
+        scale = max(float(p.grad.abs().max()), 1e-3 * largest)
         assert float((q.grad.cpu() - p.grad).abs().max()) / scale < 2e-2, path
 
 

@@ -20,7 +20,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 import lissom

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 
 from lissom.errors import LissomError
 from lissom.layers.dilated_reparam import DilatedReparamBlock

@@ -51,7 +51,7 @@ def test_strides() -> None:
 
 
 def test_folding_its_norms() -> None:
-    from timm.models import reparameterize_model
+    from timm.utils.model import reparameterize_model
 
     module, x = settled(6, num_heads=2), images(2, 35, 6)
     with torch.no_grad():
