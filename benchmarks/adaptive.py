@@ -471,6 +471,7 @@ def write_page(options: argparse.Namespace) -> None:
         ]
         for arm, own in gathered(network):
             seeds = [s for s in range(options.seeds) if seeded(own[0], s)]
+            seeds = [s for s in seeds if all(said_file(options, a.name, s).exists() for a in own)]
             per_seed = [[p for a in own for p in points(a, s, times, options, RISKS)] for s in seeds]
             if not any(per_seed):
                 rows.append((arm, None, (options.work / f"{own[0].name}.refused").read_text()))

@@ -6,6 +6,7 @@ this repository where it names none); the vision transformer is ``cifar_vit`` wi
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -20,7 +21,7 @@ def _cnn(depth: int, width: int) -> nn.Module:
     spec = importlib.util.spec_from_file_location("reference_models", Path(folder) / "models.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.CNN(depth, width)
 

@@ -3,8 +3,9 @@
     python benchmarks/agreement.py MODEL --data DATA --weights FILE --recipe "early_exit(...)" [--count 10000]
 
 exports the recipe to each runtime at batch 1, with thresholds fitted once on the OpenVINO artifact's own scores, and
-runs all on the same images of the report split. The torch runtime has no int8; there a recipe's precision is left out,
-and the page says so. Written to docs/benchmarks/agreement.md, one section a NAME.
+runs all on the same images: those of the report split, and where these are too few those of the choose split too. The
+torch runtime has no int8; there a recipe's precision is left out, and the page says so. Written to
+docs/benchmarks/agreement.md, one section a NAME.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def written(said: dict[str, Said], notes: list[str], options: argparse.Namespace
     """The section's text."""
     count = len(next(iter(said.values())).classes)
     lines = [
-        f"Recipe `{options.recipe}`, {count} images of the report split, {cpu_name()}, {options.threads} threads.",
+        f"Recipe `{options.recipe}`, {count} images of report and choose, {cpu_name()}, {options.threads} threads.",
         "",
         "| | and | same class | same exit | same both |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -75,11 +76,11 @@ def written(said: dict[str, Said], notes: list[str], options: argparse.Namespace
         found = compare(one, other)
         shares = " | ".join(f"{100 * s:.2f} %" for s in (found.same_class, found.same_exit, found.same))
         lines.append(f"| {first} | {second} | {shares} |")
-    labels = maker.task.report.labels
+    labels = maker.labels(count)
     if labels is not None:
         lines += ["", "Accuracy, and where images leave:", ""]
         for name, each in said.items():
-            right = 100 * float((each.classes == labels[:count]).mean())
+            right = 100 * float((each.classes == labels).mean())
             shares = np.bincount(each.exits) / count
             lines.append(f"- {name}: {right:.2f} %; {', '.join(f'{100 * s:.1f} %' for s in shares)}")
     return "\n".join([*lines, *([""] if notes else []), *notes])

@@ -189,14 +189,14 @@ def on_gpu(pair: Pair, form: str, batch: int, options: argparse.Namespace) -> di
         "interval": interval,
         "own_ms": 1e3 * statistics.median(times[1]),
         "peer_ms": 1e3 * statistics.median(times[0]),
+        "where": f"{torch.cuda.get_device_name()}, half precision; torch {torch.__version__}",
     }
 
 
 def page(pairs: list[Pair], rows: dict[str, dict[str, Any]], forms: list[str], options: argparse.Namespace) -> str:
-    where = (
-        f"{cpu_name()}, {options.threads} threads, float32"
-        if options.device == "cpu"
-        else f"{torch.cuda.get_device_name()}, half precision"
+    measured = {found["where"] for row in rows.values() for found in row.values() if "where" in dict_of(found)}
+    where = " and ".join(sorted(measured)) or (
+        f"{cpu_name()}, {options.threads} threads, float32; torch {torch.__version__}"
     )
     batches = BATCHES[options.device]
     columns = [f"{form} {batch}" for form in forms for batch in batches]
@@ -204,7 +204,7 @@ def page(pairs: list[Pair], rows: dict[str, dict[str, Any]], forms: list[str], o
     lines = [
         "# The published networks beside their peers",
         "",
-        f"Written by `benchmarks/networks.py`; {where}; torch {torch.__version__}. A figure is the peer's time over the"
+        f"Written by `benchmarks/networks.py`; {where}. A figure is the peer's time over the"
         " network's, both in turns in one run, with its 95 % interval: above 1 the network is faster. Weights are"
         " random, batch normalisation folded and branches merged in both.",
         "",
@@ -232,6 +232,10 @@ def page(pairs: list[Pair], rows: dict[str, dict[str, Any]], forms: list[str], o
         " kernels stored, which then takes 0.014 GMACs and reads 4.1 million more numbers an image.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def dict_of(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def cell(found: dict[str, Any]) -> str:

@@ -92,8 +92,16 @@ class Maker:
         return artifact
 
     def inputs(self, count: int) -> np.ndarray:
-        """The first ``count`` inputs of ``report``, float32."""
-        return self.task.report.inputs(slice(0, min(count, len(self.task.report))))
+        """``count`` inputs, float32: those of ``report``, and where they are too few those of ``choose`` too."""
+        report, choose = self.task.report, self.task.choose
+        found = report.inputs(slice(0, min(count, len(report))))
+        return found if count <= len(report) else np.concatenate([found, choose.inputs(slice(0, count - len(report)))])
+
+    def labels(self, count: int) -> np.ndarray | None:
+        """The labels of ``inputs``; None where there are none."""
+        if self.task.report.labels is None or self.task.choose.labels is None:
+            return None
+        return np.concatenate([self.task.report.labels, self.task.choose.labels])[:count]
 
 
 def split_recipe(text: str, leave: Sequence[str]) -> tuple[Recipe, Recipe]:

@@ -276,7 +276,7 @@ def _home(model: nn.Module) -> Any:
         ours = f"lissom.models.{own.rpartition('.')[2]}"
         if importlib.util.find_spec(ours) is not None:
             return importlib.import_module(ours)
-    return sys.modules[own]
+    return sys.modules.get(own)  # none where a user's code made the module by other means than an import
 
 
 def _shape_of_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
