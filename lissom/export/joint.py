@@ -23,6 +23,7 @@ from lissom.export.plan import Exit, Plan
 from lissom.layers.exits import first_tensor
 from lissom.layers.own_end import first_argument
 from lissom.layers.saturation import Similarity
+from lissom.runtime.decisions import RULES
 
 __all__ = ["Joint", "JointOutputs", "joint_of"]
 
@@ -134,6 +135,8 @@ class Joint(nn.Module):
 
 
 def _score(exit: Exit) -> nn.Module:
+    if exit.rule not in RULES:
+        raise LissomError(f"an exit's rule is one of {', '.join(RULES)}, not {exit.rule!r}")
     if exit.rule == "similarity":
         return Similarity()
     return RUNS[exit.rule](exit.patience) if exit.rule in RUNS else Score(exit.rule)

@@ -148,15 +148,18 @@ def plain_mlp(macs: int, side: int, classes: int) -> nn.Module:
 
 def plain_cnn(macs: int, side: int, classes: int) -> nn.Module:
     """The light network's layers, widened: the widest of at most ``macs`` multiply-accumulates, as many channels in the
-    branch as twice the stem's."""
+    branch as twice the stem's, or somewhat more where that leaves some of ``macs`` over."""
 
-    def made(stem: int) -> LightLeNet:
-        return LightLeNet(classes, 1, side, stem, 2 * stem)
+    def fits(stem: int, branch: int) -> bool:
+        return total(LightLeNet(classes, 1, side, stem, branch), (1, side, side))[1] <= macs
 
     stem = 1
-    while total(made(stem + 1), (1, side, side))[1] <= macs:
+    while fits(stem + 1, 2 * stem + 2):
         stem += 1
-    return made(stem)
+    branch = 2 * stem
+    while fits(stem, branch + 1):
+        branch += 1
+    return LightLeNet(classes, 1, side, stem, branch)
 
 
 def _compare(

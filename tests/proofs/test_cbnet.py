@@ -72,7 +72,7 @@ def test_verdicts_follow_the_figures() -> None:
 @pytest.fixture(scope="module")
 def result() -> ProofResult:
     with pytest.MonkeyPatch.context() as patch:
-        tiny = replace(cbnet.QUICK, train=80, held_out=60, side=8, epochs=1, rest=(10, 10, 16), hidden=(16,), code=8)
+        tiny = replace(cbnet.QUICK, train=400, held_out=60, epochs=5, lr=1e-2, rest=(10, 10, 16), hidden=(32,), code=8)
         patch.setattr(cbnet, "QUICK", tiny)
         return run_proof("cbnet", quick=True, seeds=2)
 
