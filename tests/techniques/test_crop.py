@@ -1,4 +1,4 @@
-"""crop on trained networks: what it removes, what it asks of the training, what it refuses, and what stands beside it."""
+"""crop on trained networks: what it removes, what it asks of the training, what it refuses, what stands beside it."""
 
 from __future__ import annotations
 
