@@ -178,7 +178,7 @@ def narrow(model: nn.Module, channels: Channels, kept: Mapping[str, Sequence[int
         if axis.path in modules:
             _select(modules[axis.path], axis.side, index)
         else:
-            _select_parameter(model, axis.path, index, channels.sizes[axis])
+            _select_parameter(model, axis.path, index)
     return model
 
 
@@ -268,7 +268,7 @@ def _take(module: nn.Module, name: str, dimension: int, index: torch.Tensor) -> 
     setattr(module, name, nn.Parameter(some, value.requires_grad) if isinstance(value, nn.Parameter) else some)
 
 
-def _select_parameter(model: nn.Module, path: str, index: torch.Tensor, size: int) -> None:
+def _select_parameter(model: nn.Module, path: str, index: torch.Tensor) -> None:
     owner, _, name = path.rpartition(".")
     value = model.get_parameter(path)
     _take(model.get_submodule(owner), name, _dimension(value), index)

@@ -255,8 +255,8 @@ def _kept(model: nn.Module) -> int:
 
 def _timed(scale: _Scale, settings: Settings, classes: int, shape: tuple[int, ...]) -> dict[str, list[float]]:
     """Milliseconds of a training step on a batch: the whole network, masked, cropped; the first network's."""
-    make = partial(next(iter(scale.networks.values())), classes)
-    arms = {FULL_NET: make, **network_arms(make, shape, scale.densities[0], 1)}
+    make: Callable[[], nn.Module] = partial(next(iter(scale.networks.values())), classes)
+    arms: dict[str, Callable[[], nn.Module]] = {FULL_NET: make, **network_arms(make, shape, scale.densities[0], 1)}
     x = torch.randn(32, *shape)
     calls = {name: step_call(built(arms[name], 0), x) for name in (FULL_NET, MASK, CLOSED)}
     times = interleaved(calls, len(settings.seeds), scale.rounds)

@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 Masks = dict[str, torch.Tensor]  # layer's path -> bool, of its weight's shape
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of (outputs, targets)
 
 # What a linearised network leaves out. Gates (sigmoids) stay: without them a squeeze-and-excitation would square.
 _ACTIVATIONS = (
@@ -315,12 +316,7 @@ def kept_masks(
     return {path: part.view(score.shape) for (path, score), part in zip(scores.items(), parts, strict=True)}
 
 
-def snip_scores(
-    model: nn.Module,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> dict[str, torch.Tensor]:
+def snip_scores(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> dict[str, torch.Tensor]:
     """SNIP's scores |w dL/dw| on one batch of the true loss, in training mode; one shot. The model stays as it is."""
     trained = copy.deepcopy(model).train()
     weights = weighted_layers(trained)
@@ -330,12 +326,7 @@ def snip_scores(
     return {path: torch.zeros_like(w) if g is None else (w.detach() * g).abs() for (path, w), g in pairs}
 
 
-def grasp_scores(
-    model: nn.Module,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> dict[str, torch.Tensor]:
+def grasp_scores(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> dict[str, torch.Tensor]:
     """GraSP's scores -w (H g) on one batch; weights of the LOWEST scores are kept (``kept_masks(..., "lowest")``).
 
     A weight of a high score is one whose removal does not make the gradient smaller. The model stays as it is.

@@ -27,9 +27,20 @@ from torch import nn
 from lissom.errors import LissomError, NotApplicable
 from lissom.layers.channel_importance import best_units
 from lissom.layers.channels import Axis, Channels, Group, Layer, find_channels, narrow
-from lissom.training.densities import closed_form, erk, masks_densities, synflow_masks, uniform
+from lissom.training.densities import (
+    Loss,
+    closed_form,
+    erk,
+    grasp_scores,
+    kept_masks,
+    masks_densities,
+    snip_scores,
+    synflow_masks,
+    uniform,
+)
 
 __all__ = [
+    "FROM_A_BATCH",
     "SOURCES",
     "chain_widths",
     "draw_anew",
@@ -42,6 +53,7 @@ __all__ = [
 ]
 
 SOURCES = ("synflow", "closed_form", "erk", "uniform")
+FROM_A_BATCH = ("snip", "grasp")
 STEPS = 100  # of SynFlow
 
 
@@ -197,16 +209,21 @@ def layer_densities(
     macs: float | None = None,
     fixed: Sequence[str] | None = None,
     steps: int = STEPS,
+    batch: tuple[torch.Tensor, torch.Tensor, Loss] | None = None,
 ) -> dict[str, float]:
-    """Densities of the convolutions and linear layers of ``model`` by path, from one of ``SOURCES``.
+    """Densities of the convolutions and linear layers of ``model`` by path, from one of ``SOURCES``, which read nothing
+    but weights (SynFlow, in ``steps`` iterations) or shapes, or ``FROM_A_BATCH``: (inputs, targets, loss).
 
-    ``parameters`` and ``macs`` are shares of those of all these layers; both together are for "closed_form" alone.
-    ``fixed`` layers keep density 1 and count for the budget: by default the first and the last that run, the stem and
-    the classifier. Nothing is read but the weights (SynFlow) or the shapes. Raises LissomError for another source, for
+    ``parameters`` and ``macs`` are shares of those of all these layers; both together are for "closed_form" alone. What
+    prunes single weights (SynFlow, SNIP, GraSP) takes a share of the multiplications for one of the weights; the widths
+    are corrected to it. ``fixed`` layers keep density 1 and count for the budget: by default the first and the last
+    that run, the stem and the classifier. Raises LissomError for another source, for none where a batch is needed, for
     no budget, and for one that the fixed layers spend.
     """
-    if source not in SOURCES:
-        raise LissomError(f"there is no source of densities {source!r}; known: {', '.join(SOURCES)}")
+    if source not in (*SOURCES, *FROM_A_BATCH):
+        raise LissomError(f"there is no source of densities {source!r}; known: {', '.join((*SOURCES, *FROM_A_BATCH))}")
+    if source in FROM_A_BATCH and batch is None:
+        raise LissomError(f"densities by {source} come from the loss on a batch: give batch=(inputs, targets, loss)")
     if parameters is None and macs is None:
         raise LissomError("densities need a budget: a share of the parameters or of the multiplications")
     if parameters is not None and macs is not None and source != "closed_form":
@@ -234,7 +251,14 @@ def layer_densities(
         sizes = [channels.layers[p].weights for p in free]
         found = erk([model.get_parameter(f"{p}.weight").shape for p in free], budget / sum(costs) * sum(sizes))
     else:
-        masks = synflow_masks(model, shape, min(1.0, budget / sum(costs)), steps=steps, layers=free)
+        density = min(1.0, budget / sum(costs))
+        if source == "synflow":
+            masks = synflow_masks(model, shape, density, steps=steps, layers=free)
+        else:
+            assert batch is not None
+            scores = (snip_scores if source == "snip" else grasp_scores)(model, *batch)
+            some = {path: scores[path] for path in free}
+            masks = kept_masks(some, density, "highest" if source == "snip" else "lowest")
         kept = masks_densities(masks)
         # A layer without any weight would have no channel; it keeps one weight's share.
         found = np.array([max(kept[p], 1 / channels.layers[p].weights) for p in free])

@@ -94,7 +94,6 @@ def test_a_users_cnn():
         ("mobilenetv3_small_050", 64, {"blocks.1.0.conv_pw", "blocks.2.0.conv_pw", "blocks.0.0.se.conv_reduce"}),
         ("regnetx_002", 64, {"s1.b1.conv1.conv"}),
         ("convnext_atto", 64, {"stages.0.blocks.0.mlp.fc1"}),
-        ("vgg11_bn", 32, {"features.0"}),
         ("resnext26ts", 64, set()),
         ("repvgg_a0", 32, set()),
         ("densenet121", 32, {"features.denseblock1.denselayer1.conv1"}),

@@ -12,10 +12,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lissom.errors import LissomError, NotApplicable
 from lissom.layers.channels import find_channels
 from lissom.training.precropping import (
+    FROM_A_BATCH,
     SOURCES,
     chain_widths,
     draw_anew,
@@ -116,18 +118,19 @@ def test_the_budget_is_met_after_rounding(share, of):
     assert found.cost()[0] == parameters(less)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [*SOURCES, *FROM_A_BATCH])
 def test_every_source_of_densities(source):
     torch.manual_seed(0)
     net = vgg()
     channels = find_channels(net, SHAPE)
-    density = layer_densities(net, SHAPE, channels, source=source, parameters=0.2, steps=20)
+    batch = torch.randn(8, *SHAPE), torch.arange(8), functional.cross_entropy
+    density = layer_densities(net, SHAPE, channels, source=source, parameters=0.2, steps=20, batch=batch)
     weights = {path: layer.weights for path, layer in channels.layers.items()}
     assert set(density) == set(weights)
     assert all(0 < p <= 1 for p in density.values())
     assert density["0"] == density["20"] == 1  # stem and classifier
     assert sum(weights[p] * d for p, d in density.items()) == pytest.approx(0.2 * sum(weights.values()), rel=0.01)
-    by_macs = layer_densities(net, SHAPE, channels, source=source, macs=0.3, steps=5)
+    by_macs = layer_densities(net, SHAPE, channels, source=source, macs=0.3, steps=5, batch=batch)
     assert all(0 < p <= 1 for p in by_macs.values())
 
 
@@ -220,6 +223,7 @@ def test_wrong_sources_and_budgets_are_told():
     for options, says in (
         ({"source": "gut", "macs": 0.5}, "no source of densities"),
         ({}, "need a budget"),
+        ({"source": "snip", "macs": 0.5}, "give batch="),
         ({"source": "synflow", "macs": 0.5, "parameters": 0.5}, "two budgets"),
         ({"parameters": 1e-6}, "take the whole budget"),
     ):
