@@ -140,8 +140,15 @@ def find_channels(model: nn.Module, shape: tuple[int, ...]) -> Channels:
     it does not run on the shape or cannot be followed, and where no channels can be removed.
     """
     copied = _copy(model)
-    if not any(isinstance(m, _ConvNd | nn.Linear) for m in copied.modules()):
+    layers = {path: m for path, m in copied.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+    if not layers:
         raise NotApplicable("the network has no convolution and no linear layer, so there are no channels to remove")
+    for path, layer in layers.items():
+        if not isinstance(layer.weight, nn.Parameter):
+            raise NotApplicable(
+                f"the weight of {path!r} is computed anew at every call (a parametrization), so that no channel can be "
+                "taken out of it; make it a plain one first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
     traced = _Traced(copied, shape)
     found = traced.channels()
     wrong = _difference(copied, found, list(found.groups), shape)
@@ -305,7 +312,7 @@ class _Traced:
                 warnings.simplefilter("ignore")
                 # The layers' work first: a model that does not run is told in its own words.
                 self.layers = self._work()
-                self.graph.build_dependency(model, torch.randn(1, *shape), verbose=False)
+                self.graph.build_dependency(model, (torch.randn(1, *shape),), verbose=False)
         except Exception as error:  # a user's forward raises anything, and so does the tracing of it
             raise NotApplicable(
                 f"the channels of {type(model).__name__} cannot be followed on inputs of shape {tuple(shape)}: "
@@ -315,8 +322,8 @@ class _Traced:
         self._start: dict[Axis, int] = {}
         self._parent: list[int] = []
         self.reasons: dict[int, str] = {}  # place -> why it stays
-        for node in self.graph.module2node.values():
-            self._enter(node)
+        for module in [*self.graph.module2node, *(model.get_submodule(path) for path in self.layers)]:
+            self._enter(module)
 
     def _work(self) -> dict[str, Layer]:
         """The layers that run, by path, in the order of their first calls."""
@@ -366,10 +373,9 @@ class _Traced:
 
     # Places: every index of every axis is one number; ``_parent`` is a forest of those that belong together.
 
-    def _enter(self, node: Any) -> None:
-        module = node.module
+    def _enter(self, module: Any) -> None:
         path = self._path(module)
-        if path is None:
+        if path is None or Axis(path, "out") in self.sizes:
             return
         if isinstance(module, nn.Parameter):
             widths = {"out": module.shape[_dimension(module)]}

@@ -213,6 +213,28 @@ def test_where_nothing_can_be_removed():
         find_channels(tied, (4,))
 
 
+def test_a_computed_weight_is_told():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    with pytest.raises(NotApplicable, match="weight of '0' is computed anew"):
+        find_channels(net, (4,))
+
+
+def test_layers_that_nobody_reads_are_left_alone():
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.aside, self.head = nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.aside(x)
+            return self.head(torch.relu(self.first(x)))
+
+    channels = check_exact(Aside(), (4,))
+    assert set(channels.groups) == {"first"}
+    assert channels.left["aside"] == "no layer is found to read its channels"
+
+
 def test_wrong_units_are_told():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     channels = find_channels(net, (4,))
