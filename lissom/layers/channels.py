@@ -446,13 +446,12 @@ class _Traced:
             self._stay(self._all(root), "the operators behind it cannot be followed")
             return []
         roots = [start + r if r is not None else -1 for r in item.root_idxs]
-        if not node.outputs:
+        # Of norms, depthwise convolutions and what is no layer both sides are one.
+        side = "out" if self.graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+        if not node.outputs and side == "out":
             self._stay([r for r in roots if r >= 0], "it is the network's answer")
         if isinstance(module, _MIXING):
             self._stay([r for r in roots if r >= 0], f"a {type(module).__name__} mixes its channels")
-        side = "in" if self.graph.is_in_channel_pruning_fn(item.dep.handler) else "out"
-        if self.graph.is_out_channel_pruning_fn(item.dep.handler):  # of norms and depthwise convolutions both
-            side = "out"
         axis = Axis(path or "", side)
         if path is None or axis not in self.sizes:
             return []
