@@ -290,7 +290,7 @@ def _dimension(parameter: torch.Tensor) -> int:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model).cpu().eval()
+    copied = copy.deepcopy(model).cpu().float().eval()
     for parameter in copied.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

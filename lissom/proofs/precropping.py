@@ -231,7 +231,7 @@ def network_arms(
         FILTERS: lambda: with_mask(lambda model, seed: filter_masks(masks(model, seed), seed)),
         CROP: lambda: cropped(lambda model, seed: _not_dead(masks_densities(masks(model, seed)), channels)),
         CLOSED: lambda: cropped(lambda model, seed: _closed(convolutions, density)),
-        UNIFORM: lambda: cropped(lambda model, seed: dict.fromkeys(convolutions, density)),
+        UNIFORM: lambda: cropped(lambda model, seed: {}),
         MAGNITUDE: lambda: with_mask(lambda model, seed: magnitude_masks(model, density, list(convolutions))),
     }
 
