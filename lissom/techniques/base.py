@@ -45,6 +45,7 @@ class Technique:
 
     name: ClassVar[str]
     stage: ClassVar[str]  # one of STAGES: the place in the canonical order
+    turn: ClassVar[int] = 0  # of two in one stage the lower comes first
     refuses: ClassVar[Mapping[str, str]] = {}  # other techniques that cannot stand in one recipe, and why
 
     def check(self, plan: Plan, target: Target) -> None:

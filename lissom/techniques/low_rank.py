@@ -27,6 +27,7 @@ from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import Probe, Subset, Technique
+from lissom.training.methods.narrowed import Narrowed
 from lissom.training.methods.pela import FeatureMSE, Perturbation, Retrained, block_paths
 from lissom.training.methods.recovery import Term
 
@@ -116,7 +117,9 @@ class LowRank(Technique):
         layers = factorisable(model)
         originals = {path: layers[path].weight.detach() for path in ranks}
         factorise(model, ranks)
-        blocks = [path for path in seen if path in set(block_paths(plan.model))]  # in the order of execution
+        narrowed = {path for term in plan.recovery if isinstance(term, Narrowed) for path in term.paths}
+        comparable = set(block_paths(plan.model)) - narrowed
+        blocks = [path for path in seen if path in comparable]  # in the order of execution
         terms: list[Term] = []
         notes = [
             f"low_rank put two thin layers in the place of {len(ranks)} of {len(ranks) + len(left)} linear layers and "

@@ -42,7 +42,7 @@ class Recipe:
     techniques: tuple[Technique, ...] = ()
 
     def __post_init__(self) -> None:
-        ordered = tuple(sorted(self.techniques, key=lambda t: STAGES.index(t.stage)))
+        ordered = tuple(sorted(self.techniques, key=lambda t: (STAGES.index(t.stage), t.turn)))
         object.__setattr__(self, "techniques", ordered)
 
     @classmethod
