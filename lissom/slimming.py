@@ -958,7 +958,9 @@ def _settings(recipe: Recipe, plan: Plan, target: Target) -> list[Recipe]:
 
 def _with_cost(metrics: Metrics, measurement: Measurement) -> Metrics:
     """The metrics with a measurement's figures in place of the former ones."""
-    return replace(metrics, **asdict(measurement))
+    figures = asdict(measurement)
+    figures.pop("stages_ms")  # of an artifact's parts, where a trial is of the whole
+    return replace(metrics, **figures)
 
 
 def _peer_row(name: str, artifact: Artifact, measurement: Measurement) -> dict[str, Any]:
