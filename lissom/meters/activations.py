@@ -65,7 +65,7 @@ def complexity(model: nn.Module, shape: Sequence[int]) -> Complexity:
             macs += outputs * (module.in_features + (module.bias is not None))
         elif isinstance(module, _POOLS):
             window = module.kernel_size
-            macs += outputs * (prod(window) if isinstance(window, tuple) else window ** _DIMENSIONS[type(module)])
+            macs += outputs * (prod(window) if isinstance(window, tuple) else window ** (output.ndim - 2))
         elif isinstance(module, _TRANSPOSED):  # each input element meets one filter
             macs += inputs[0][0].numel() * prod(module.weight.shape[1:]) + outputs * (module.bias is not None)
         else:
@@ -75,7 +75,7 @@ def complexity(model: nn.Module, shape: Sequence[int]) -> Complexity:
     training = [module for module in model.modules() if module.training]
     with ExitStack() as handles, torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, *_POOLS, nn.Linear)):
+            if isinstance(module, _COUNTED):
                 handles.callback(module.register_forward_hook(count).remove)
         try:
             model.eval()(torch.zeros(1, *shape, device=reference.device, dtype=reference.dtype))
@@ -88,12 +88,9 @@ def complexity(model: nn.Module, shape: Sequence[int]) -> Complexity:
     return Complexity(macs, sum(p.numel() for p in model.parameters()), activations)
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_DIMENSIONS: dict[type, int] = {
-    nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3, nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3
-}  # fmt: skip
-_POOLS = tuple(_DIMENSIONS)
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_COUNTED: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_TRANSPOSED, *_POOLS)
 
 
 @dataclass(frozen=True)

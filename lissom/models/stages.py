@@ -92,15 +92,15 @@ def read_stages(model: nn.Module) -> Stages:
     Raises NotApplicable for a network of another kind.
     """
     train, test = _image_sizes(model)
-    sizes = {"train_size": train, "test_size": test}
     if isinstance(model, timms_efficientnet.EfficientNet):
         depths, widths, stem, head = efficientnet.read_numbers(model)
-        return Stages("efficientnet", depths, widths, stem=stem, head=head, **sizes)
+        return Stages("efficientnet", depths, widths, stem=stem, head=head, train_size=train, test_size=test)
     if isinstance(model, timms_regnet.RegNet):
         depths, widths, bottlenecks, groups = regnet.read_numbers(model)
-        return Stages("regnet", depths, widths, bottlenecks, groups, regnet.stem_width(model), **sizes)
+        stem = regnet.stem_width(model)
+        return Stages("regnet", depths, widths, bottlenecks, groups, stem, train_size=train, test_size=test)
     if isinstance(model, timms_resnet.ResNet):
-        return _read_resnet(model, sizes)
+        return _read_resnet(model, train, test)
     raise NotApplicable(
         f"{type(model).__name__} is none of the networks whose stages are known; timm's EfficientNets, RegNets and "
         "ResNets are"
@@ -225,11 +225,12 @@ def _resnet_stages(model: nn.Module) -> list[list[nn.Module]]:
     return stages
 
 
-def _read_resnet(model: nn.Module, sizes: dict[str, int]) -> Stages:
+def _read_resnet(model: nn.Module, train: int, test: int) -> Stages:
     depths, widths, bottlenecks, groups = [], [], [], []
     stages = _resnet_stages(model)
+    first: Any
     for blocks in stages:
-        first: Any = blocks[0]
+        first = blocks[0]
         depths.append(len(blocks))
         if isinstance(first, timms_resnet.Bottleneck):
             widths.append(first.conv3.out_channels)
@@ -239,8 +240,11 @@ def _read_resnet(model: nn.Module, sizes: dict[str, int]) -> Stages:
             widths.append(first.conv2.out_channels)
             bottlenecks.append(1.0)
             groups.append(0)
-    stem = stages[0][0].conv1.in_channels
-    return Stages("resnet", tuple(depths), tuple(widths), tuple(bottlenecks), tuple(groups), int(stem), **sizes)
+    first = stages[0][0]
+    return Stages(
+        "resnet", tuple(depths), tuple(widths), tuple(bottlenecks), tuple(groups), first.conv1.in_channels,
+        train_size=train, test_size=test,
+    )  # fmt: skip
 
 
 def _built_resnet(model: nn.Module, name: str, stages: Stages, arguments: dict[str, Any]) -> nn.Module:

@@ -175,15 +175,17 @@ def scale_config(stages: Stages, scale_type: str = "dWr", factor: float = 1.0) -
     with one group of all keeps one. A ``factor`` of 1 changes nothing but such roundings.
     """
     by = scaling_factors(scale_type, factor)
-    sizes = {"train_size": _side(stages.train_size, by.resolution), "test_size": _side(stages.test_size, by.resolution)}
-    depths = tuple(_depth(depth, by.depth) for depth in stages.depths)
     widths = tuple(_width(width, by.width) for width in stages.widths)
+    scaled = replace(
+        stages, depths=tuple(_depth(depth, by.depth) for depth in stages.depths),
+        train_size=_side(stages.train_size, by.resolution), test_size=_side(stages.test_size, by.resolution),
+    )  # fmt: skip
     if stages.family == "efficientnet":
         head = _width(stages.head, by.width) if stages.head else 0
-        return replace(stages, depths=depths, widths=widths, stem=_width(stages.stem, by.width), head=head, **sizes)
+        return replace(scaled, widths=widths, stem=_width(stages.stem, by.width), head=head)
     groups = tuple(_group(group, by.group) if group else 0 for group in stages.group_widths)
     widths, groups = adjust_block_compatibility(widths, stages.bottlenecks, groups)
-    return replace(stages, depths=depths, widths=widths, group_widths=groups, **sizes)
+    return replace(scaled, widths=widths, group_widths=groups)
 
 
 # Networks

@@ -86,9 +86,9 @@ def within_budget(
     before = next(iter(probes.values())).before
     found = []
     for alpha in alphas:
-        factor = _largest(original, before, alpha, line, budget_ms)
-        if factor is not None:
-            scaled = scale(model, factor, alpha=alpha, image_size=image_size, **kwargs)
+        largest = _largest(original, before, alpha, line, budget_ms)
+        if largest is not None:
+            scaled = scale(model, largest, alpha=alpha, image_size=image_size, **kwargs)
             found.append((alpha, scaled, line.predict(scaled.cost_after)))
     if not found:
         least = min(times)
