@@ -120,8 +120,11 @@ def with_stages(model: nn.Module, stages: Stages, **kwargs: Any) -> nn.Module:
     if len(own.depths) != len(stages.depths):
         raise LissomError(f"{len(stages.depths)} stages are given, and {type(model).__name__} has {len(own.depths)}")
     arguments = {"num_classes": model.num_classes, "in_chans": in_channels(model)}
-    with torch.device("meta"):
-        again = _built(model, own, arguments)
+    try:
+        with torch.device("meta"):
+            again = _built(model, own, arguments)
+    except LissomError as error:
+        raise NotApplicable(f"{_architecture(model)} cannot be built from its stages' numbers: {error}") from error
     if _shapes(again) != _shapes(model) or _structure(again) != _structure(model):
         raise NotApplicable(
             f"{_architecture(model)} does not come out the same when it is built from its stages' numbers; "
@@ -152,7 +155,7 @@ def _built(model: nn.Module, stages: Stages, arguments: dict[str, Any]) -> nn.Mo
                 model, name, stages.depths, stages.widths, stages.bottlenecks, stages.group_widths, stages.stem,
                 **arguments,
             )  # fmt: skip
-    except (TypeError, AssertionError, ValueError) as error:
+    except (AttributeError, TypeError, AssertionError, ValueError) as error:
         raise LissomError(f"a {name} of {stages} cannot be built ({error})") from error
     return _built_resnet(model, name, stages, arguments)
 

@@ -231,7 +231,7 @@ def test_a_factor_that_is_no_factor_is_refused(wrong: Any) -> None:
 
 
 def test_networks_of_other_kinds_are_refused() -> None:
-    for name in ("mixnet_s", "mobilenetv4_conv_small", "senet154", "resnest50d"):
+    for name in ("mixnet_s", "mobilenetv4_conv_small", "resnest50d"):
         network = meta(name)
         with pytest.raises(NotApplicable):
             with_stages(network, read_stages(network))
