@@ -107,12 +107,13 @@ def read_stages(model: nn.Module) -> Stages:
     )
 
 
-def with_stages(model: nn.Module, stages: Stages, **kwargs: Any) -> nn.Module:
+def with_stages(model: nn.Module, stages: Stages, *, check: bool = True, **kwargs: Any) -> nn.Module:
     """A network like ``model`` with other numbers, and with new random weights, on the default device.
 
     ``model`` is one that timm's registry built, or this function; ``kwargs`` are the network's own (``num_classes``,
-    ``in_chans``, ...), by default as ``model`` has them. ``default_cfg`` says the image sizes of ``stages``. Raises
-    NotApplicable for a network whose numbers are not all that makes it, LissomError for arguments it does not take.
+    ``in_chans``, ...), by default as ``model`` has them. ``default_cfg`` says the image sizes of ``stages``. ``check``
+    False is for a ``model`` that was looked at before. Raises NotApplicable for a network whose numbers are not all
+    that makes it, LissomError for arguments it does not take.
     """
     own = read_stages(model)
     if own.family != stages.family:
@@ -120,16 +121,8 @@ def with_stages(model: nn.Module, stages: Stages, **kwargs: Any) -> nn.Module:
     if len(own.depths) != len(stages.depths):
         raise LissomError(f"{len(stages.depths)} stages are given, and {type(model).__name__} has {len(own.depths)}")
     arguments = {"num_classes": model.num_classes, "in_chans": in_channels(model)}
-    try:
-        with torch.device("meta"):
-            again = _built(model, own, arguments)
-    except LissomError as error:
-        raise NotApplicable(f"{_architecture(model)} cannot be built from its stages' numbers: {error}") from error
-    if _shapes(again) != _shapes(model) or _structure(again) != _structure(model):
-        raise NotApplicable(
-            f"{_architecture(model)} does not come out the same when it is built from its stages' numbers; "
-            "it has parts that they do not tell"
-        )
+    if check:
+        _check(model, own, arguments)
     built = _built(model, stages, {**arguments, **kwargs})
     crop = stages.train_size / stages.test_size
     while math.floor(stages.train_size / crop) < stages.test_size:  # the nearest share may be a hair too large
@@ -141,6 +134,20 @@ def with_stages(model: nn.Module, stages: Stages, **kwargs: Any) -> nn.Module:
     }  # fmt: skip
     built.pretrained_cfg = built.default_cfg = {**dict(model.default_cfg), **sizes}  # type: ignore[arg-type]
     return built
+
+
+def _check(model: nn.Module, own: Stages, arguments: dict[str, Any]) -> None:
+    """Raise NotApplicable where the model does not come out the same when it is built from its own numbers."""
+    try:
+        with torch.device("meta"):
+            again = _built(model, own, arguments)
+    except LissomError as error:
+        raise NotApplicable(f"{_architecture(model)} cannot be built from its stages' numbers: {error}") from error
+    if _shapes(again) != _shapes(model) or _structure(again) != _structure(model):
+        raise NotApplicable(
+            f"{_architecture(model)} does not come out the same when it is built from its stages' numbers; "
+            "it has parts that they do not tell"
+        )
 
 
 def _built(model: nn.Module, stages: Stages, arguments: dict[str, Any]) -> nn.Module:

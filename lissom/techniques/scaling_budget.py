@@ -28,7 +28,7 @@ __all__ = ["ALPHAS", "Candidate", "within_budget"]
 ALPHAS = (1 / 3, 0.6, 0.8, 1.0)  # the paper's new regime lies between the first and the last
 FACTORS = (1.0, 2.0, 4.0)  # of the networks that are measured first
 LARGEST = 256.0
-HALVINGS = 12  # the factor is found to 256^(1 / 2^12), closer than rounding lets it be
+STEPS = 24  # factors tried between one and its double; rounding makes fewer networks of them
 Measure = Callable[[Sequence[nn.Module], Sequence[tuple[int, int, int]]], Sequence[float]]
 
 
@@ -135,22 +135,33 @@ def _line(costs: Sequence[Complexity], times: Sequence[float]) -> TimeModel:
 
 
 def _largest(original: nn.Module, before: Stages, alpha: float, line: TimeModel, budget_ms: float) -> float | None:
-    """The largest factor whose network is predicted to fit, up to ``LARGEST``; None where none does."""
+    """A factor, at most ``LARGEST``, whose network is predicted to fit and whose double's is not; None where none fits.
+
+    Costs do not grow steadily with the factor: widths and groups are rounded. So of the factors between the two all are
+    tried, from the largest down.
+    """
     kind = type_of_alpha(alpha)
+    known: dict[Stages, bool] = {}
 
     def fits(factor: float) -> bool:
         after = scale_config(before, kind, factor)
-        with torch.device("meta"):
-            network = with_stages(original, after)
-        shape = (in_channels(network), after.train_size, after.train_size)
-        return line.predict(complexity(network, shape)) <= budget_ms
+        if after not in known:
+            with torch.device("meta"):
+                network = with_stages(original, after, check=False)
+            shape = (in_channels(network), after.train_size, after.train_size)
+            known[after] = line.predict(complexity(network, shape)) <= budget_ms
+        return known[after]
 
-    if fits(LARGEST):
-        return LARGEST
-    low, high = 1 / LARGEST, LARGEST
-    if not fits(low):
-        return None
-    for _ in range(HALVINGS):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    factor = 1.0
+    if fits(factor):
+        while factor < LARGEST and fits(2 * factor):
+            factor *= 2
+        if factor >= LARGEST:
+            return LARGEST
+    else:
+        while not fits(factor):
+            factor /= 2
+            if factor < 1 / LARGEST:
+                return None
+    between = (factor * 2 ** (step / STEPS) for step in range(STEPS - 1, 0, -1))
+    return next((one for one in between if fits(one)), factor)
