@@ -300,13 +300,15 @@ def scale(
         before = replace(before, train_size=image_size, test_size=test_size)
     after = scale_config(before, type, factor)
     with torch.device("meta"):
-        small, large = (with_stages(original, stages, **kwargs) for stages in (before, after))
+        small = with_stages(original, before, **kwargs)
+        large = with_stages(original, after, check=False, **kwargs)
     costs = [
         complexity(network, (in_channels(network), stages.train_size, stages.train_size))
         for network, stages in ((small, before), (large, after))
     ]
     name = model if isinstance(model, str) else str(dict(original.default_cfg)["architecture"])  # type: ignore[arg-type]
-    return Scaled(with_stages(original, after, **kwargs), name, type, float(factor), before, after, costs[0], costs[1])
+    built = with_stages(original, after, check=False, **kwargs)
+    return Scaled(built, name, type, float(factor), before, after, costs[0], costs[1])
 
 
 def _kind(value: Any) -> str:
