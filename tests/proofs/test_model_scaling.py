@@ -66,7 +66,8 @@ def judged(by: str, fast: float) -> list[str]:
     }
     found = {
         kind: [
-            Trained(kind, seed, 80 + fast * (kind == "dWr") * 2 - 2 + 0.01 * seed, 9, 1, 1, 1, 1.0) for seed in range(3)
+            Trained(kind, seed, 80 + 20 * (fast - 1) * (kind == "dWr") + 0.01 * seed, 9, 1, 1, 1, 1.0)
+            for seed in range(3)
         ]
         for kind in proof.TRAINED
     }
