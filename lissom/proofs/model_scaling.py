@@ -12,11 +12,11 @@ folder in LISSOM_DATA has it, else on scikit-learn's digits, each at the image s
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -98,8 +98,8 @@ def model_scaling(settings: Settings) -> ProofResult:
     found: dict[str, list[Trained]] = {}
     for kind, own in stages.items():
         found |= run_arms(
-            settings, {kind: functools.partial(Network, own, len(data.classes))},
-            functools.partial(_task, data, own.train_size, train, held_out), budget, part=f"{data.name} {own.train_size}",
+            settings, {kind: partial(Network, own, len(data.classes))},
+            partial(_task, data, own.train_size, train, held_out), budget, part=f"{data.name} {own.train_size}",
         )  # fmt: skip
     calls = {
         kind: forward_call(Network(own, 10), torch.randn(32, 3, own.train_size, own.train_size))
@@ -156,7 +156,7 @@ class Network(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-@functools.cache
+@cache
 def _cost(stages: Stages) -> Complexity:
     with torch.device("meta"):
         network = Network(stages, 10)
