@@ -34,7 +34,7 @@ from lissom.meters.measurement import Measurement
 from lissom.runtime.artifact import Artifact, write_atomic
 from lissom.runtime.target import RUNTIMES, Target, cpu_name, default_threads
 from lissom.techniques.fuse import fold_batch_norm
-from lissom.techniques.scaling import Scaled, scale
+from lissom.techniques.scaling import Scaled, scale_network
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "scaling.md"
 NETWORKS = ("efficientnet_b0", "regnety_004", "resnet18")
@@ -72,8 +72,8 @@ def main() -> int:
 def group(name: str, factor: float, options: argparse.Namespace) -> dict[str, Any]:
     """The network, and what each rule makes of it: counts, milliseconds a batch, and times as long as the network."""
     torch.manual_seed(0)
-    scaled = {kind: scale(name, factor, kind, image_size=options.size) for kind in KINDS}
-    itself = scale(name, 1.0, "d", image_size=options.size)
+    scaled = {kind: scale_network(name, factor, kind, image_size=options.size) for kind in KINDS}
+    itself = scale_network(name, 1.0, "d", image_size=options.size)
     networks: dict[str, Scaled] = {"itself": itself, **scaled}
     with tempfile.TemporaryDirectory() as folder:
         artifacts = {kind: exported(one, Path(folder) / kind, options) for kind, one in networks.items()}

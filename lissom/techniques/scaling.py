@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ __all__ = [
     "exponents",
     "scale",
     "scale_config",
+    "scale_network",
     "scaling_factors",
     "type_of_alpha",
 ]
@@ -231,22 +232,6 @@ class Scaled:
         return "\n".join(lines)
 
 
-@overload
-def scale(model: Stages, factor: float, type: str = "dWr", *, alpha: float | None = None) -> Stages: ...
-
-
-@overload
-def scale(
-    model: str | nn.Module,
-    factor: float,
-    type: str = "dWr",
-    *,
-    alpha: float | None = None,
-    image_size: int | None = None,
-    **kwargs: Any,
-) -> Scaled: ...
-
-
 def scale(
     model: str | nn.Module | Stages,
     factor: float,
@@ -284,6 +269,13 @@ def scale(
             names = ", ".join([*kwargs, *["image_size"] * (image_size is not None)])
             raise LissomError(f"{names} belongs to a network, and settings were given")
         return scale_config(model, type, factor)
+    return scale_network(model, factor, type, image_size=image_size, **kwargs)
+
+
+def scale_network(
+    model: str | nn.Module, factor: float, type: str = "dWr", *, image_size: int | None = None, **kwargs: Any
+) -> Scaled:
+    """``scale`` of a network or the name of one, by a type."""
     given = {name: value for name, value in kwargs.items() if name in ("num_classes", "in_chans")}
     if isinstance(model, str):
         with torch.device("meta"):

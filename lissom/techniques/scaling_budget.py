@@ -21,7 +21,7 @@ from lissom.errors import LissomError
 from lissom.meters.activations import FIGURES, Complexity, TimeModel, complexity, fit_time, left_out
 from lissom.models.factory import create_model
 from lissom.models.stages import Stages, in_channels, with_stages
-from lissom.techniques.scaling import Scaled, scale, scale_config, type_of_alpha
+from lissom.techniques.scaling import Scaled, scale_config, scale_network, type_of_alpha
 
 __all__ = ["ALPHAS", "Candidate", "within_budget"]
 
@@ -78,7 +78,7 @@ def within_budget(
     probes: dict[Stages, Scaled] = {}
     for alpha in alphas:
         for factor in factors:
-            scaled = scale(model, factor, alpha=alpha, image_size=image_size, **kwargs)
+            scaled = scale_network(model, factor, type_of_alpha(alpha), image_size=image_size, **kwargs)
             probes.setdefault(scaled.after, scaled)
     costs = [scaled.cost_after for scaled in probes.values()]
     times = _asked(ask, list(probes.values()))
@@ -88,7 +88,7 @@ def within_budget(
     for alpha in alphas:
         largest = _largest(original, before, alpha, line, budget_ms)
         if largest is not None:
-            scaled = scale(model, largest, alpha=alpha, image_size=image_size, **kwargs)
+            scaled = scale_network(model, largest, type_of_alpha(alpha), image_size=image_size, **kwargs)
             found.append((alpha, scaled, line.predict(scaled.cost_after)))
     if not found:
         least = min(times)

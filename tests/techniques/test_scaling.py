@@ -240,9 +240,9 @@ def test_networks_of_other_kinds_are_refused() -> None:
     with pytest.raises(LissomError, match="no network is called"):
         lissom.scale("regnet_9000", 4)
     with pytest.raises(LissomError, match="not int"):
-        lissom.scale(4, 4)  # type: ignore[call-overload]
+        lissom.scale(4, 4)
     with pytest.raises(LissomError, match="num_classes belongs to a network"):
-        lissom.scale(B0, 4, num_classes=3)  # type: ignore[call-overload]
+        lissom.scale(B0, 4, num_classes=3)
     with pytest.raises(LissomError, match="image_size is 0"):
         lissom.scale("resnet18", 2, image_size=0)
 
