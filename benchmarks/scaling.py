@@ -3,10 +3,10 @@
     python benchmarks/scaling.py [--networks NAME ...] [--factors 2 4] [--runtime openvino] [--work FOLDER]
 
 Each network is scaled by every factor in depth, in width, in image, by uniform and by fast compound scaling; what is
-scaled by one factor is measured in one run beside the network itself, in turns, each in a process of its own. dWr and dwr are measured once
-more as a pair. Then run time is predicted from each of the three counts, for every network from all others, and for
-each family from the other ones, and set beside what was measured. Weights are random, batch normalisation folded. A
-group that is in ``--work`` is not measured again.
+scaled by one factor is measured in one run beside the network itself, in turns, each in a process of its own. dWr and
+dwr are measured once more as a pair. Then run time is predicted from each of the three counts, for every network from
+all others, and for each family from the other ones, and set beside what was measured. Weights are random, batch
+normalisation folded. A group that is in ``--work`` is not measured again.
 
 Writes docs/benchmarks/scaling.md.
 """
@@ -116,7 +116,8 @@ def page(groups: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         "# Scaled networks",
         "",
-        f"Written by `benchmarks/scaling.py`; {cpu_name()}, {options.threads} thread{'s' * (options.threads != 1)}, {options.runtime}, float32,"
+        f"Written by `benchmarks/scaling.py`; {cpu_name()}, {options.threads} thread{'s' * (options.threads != 1)},"
+        f" {options.runtime}, float32,"
         f" batch {options.batch}, images of {options.size} before scaling; torch {torch.__version__}. Factors of"
         " multiply-adds and activations are counted after rounding; times are of one batch, and of a group all were"
         " measured in turns in one run, with the 95 % interval of the paired ratio.",
