@@ -106,6 +106,7 @@ FAMILIES: dict[str, list[Row]] = {
         for kind in ("base", "tvconv")
     ],
     "fit": [Row("fit_encoder", "", (4, 16, 12)), Row("fit_denoiser", "", None), Row("fit_ar", "", None)],
+    "model_scaling": [Row("effnet_b0"), Row("effnet_b0_dWr4"), Row("regnety_800mf_dWr4")],
     "light_cnn": [Row("light_cnn", "", (1, 28, 28)), Row("light_cnn_cifar", "", (3, 32, 32))],
     "convfirst": _squares(224, ("convfirst_t", ""), ("convfirst_s", "")),
     "terminator": [Row("terminator_cifar"), Row("terminator_cifar100"), Row("terminator_16")],
@@ -119,6 +120,7 @@ FAMILIES: dict[str, list[Row]] = {
 FILES = {
     "inception_v4": ("inception_resnet",),
     "fit": ("fit_transformer",),
+    "model_scaling": ("efficientnet", "regnet"),
     "metamixer": ("metamixer", "ffnet_segmenter", "ffnet_series"),
     "unireplknet": ("unireplknet", "unireplknet_series"),
 }

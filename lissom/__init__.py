@@ -15,6 +15,7 @@ _HOME = {
     "slim": "lissom.slimming",
     "Result": "lissom.slimming",
     "measure": "lissom.meters.comparing",
+    "scale": "lissom.techniques.scaling",
     "profile": "lissom.meters.profiling",
     "fit": "lissom.training.loop",
     "load": "lissom.runtime.predictor",
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "measure",
     "profile",
+    "scale",
     "slim",
 ]
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from lissom.slimming import Result, slim
     from lissom.tasks.task import Task
     from lissom.techniques.recipe import Recipe
+    from lissom.techniques.scaling import scale
     from lissom.training.loop import fit
 
 

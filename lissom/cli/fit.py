@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lissom.tasks.task import Task
+    from lissom.training.methods.base import Method
 
 
 def fit(
     model: str = typer.Argument(help="A timm name, a weight file with --arch, or file.py:function."),
     data: str = typer.Option("digits", help="digits, a folder of images, a Parquet folder, or file.py:function."),
-    method: str = typer.Option("supervised", help="supervised or distillation (lissom list method names them all)."),
+    method: str = typer.Option(
+        "supervised", help="supervised, distillation or pela (lissom list method names them all)."
+    ),
     teacher: str = typer.Option(None, help="The teacher: a timm name, or file.py:function."),
     teacher_weights: str = typer.Option(None, help="The teacher's weight file."),
+    recipe: str = typer.Option(
+        None, help="For pela: low_rank(ratio=2, ...) as text, or a slim run's result.json that holds one."
+    ),
     epochs: int = typer.Option(10, min=1, help="Epochs."),
     batch: int = typer.Option(64, min=1, help="Samples a step."),
     optimizer: str = typer.Option("adamw", help="adamw, muon (fewer epochs for networks of linear layers) or sgd."),
@@ -33,6 +47,9 @@ def fit(
     Data with masks train a network that answers with one map a class (vit_segmenter). Where a classifier has another
     number of outputs than the data have classes, it gets a new head. A tenth of the training data is kept out to judge
     each epoch; the test data are read once, at the end.
+
+    The method pela makes the layers of a trained model low-rank and mends it, on the data that it was trained on; what
+    it writes is then trained on other data like any model, with --weights.
     """
     import json
     import warnings
@@ -51,7 +68,7 @@ def fit(
     from lissom.training.checkpoint import write_file
     from lissom.training.loop import FitEvent, evaluate
     from lissom.training.loop import fit as train
-    from lissom.training.methods.base import Method, method_of
+    from lissom.training.methods.base import method_of
     from lissom.training.methods.distillation import Distillation
 
     remarks = console.remarks()
@@ -60,11 +77,21 @@ def fit(
     preprocessing = loaded.preprocessing(found.image_size)
     task = task_of(found, preprocessing=preprocessing, trained_here=found.trainable, seed=seed)
     network = loaded.model
+    if recipe is not None and method != "pela":
+        raise LissomError(f"--recipe is for --method pela, and the method is {method}")
+    if method == "pela" and not loaded.trained:
+        raise LissomError(f"pela starts from trained weights, and {model} has random ones; give its --weights")
     if task.kind == "classification" and found.classes and num_outputs(network, task.shape) != len(found.classes):
+        if method == "pela":
+            raise LissomError(
+                f"the model has {num_outputs(network, task.shape)} outputs and the data {len(found.classes)} classes; "
+                "pela trains on the data that the model was trained on: train on these afterwards"
+            )
         network = with_head(network, len(found.classes), seed)
         remarks.print(f"the head is new: {len(found.classes)} outputs")
 
     chosen: str | Method = method
+    technique = ""
     if teacher is not None:
         if method != "distillation":
             raise LissomError(f"--teacher is for --method distillation, and the method is {method}")
@@ -76,6 +103,8 @@ def fit(
         chosen = Distillation(teacher=taught.model)
     elif teacher_weights is not None:
         raise LissomError("--teacher-weights are given and no --teacher; name the teacher's network too")
+    if method == "pela":
+        network, chosen, technique = low_rank_stage(network, task, recipe, remarks.print)
     chosen = method_of(chosen)
 
     folder = Path(out) if out is not None else Path("trained") / Path(model.rpartition(":")[2]).stem
@@ -110,6 +139,8 @@ def fit(
     judged = evaluate(network, task, task.report, original=original) if known else None
     state = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
     metadata = {"format": "pt", "network": model, "classes": json.dumps(list(found.classes))}
+    if technique:
+        metadata["recipe"] = technique
     content = save(state, metadata)
     write_file(folder / "model.safetensors", lambda file: file.write(content))
     history = {
@@ -124,6 +155,7 @@ def fit(
         "seconds": result.seconds,
         "stopped": result.stopped,
         "torch": torch.__version__,
+        **({"recipe": technique} if technique else {}),
     }
     write_atomic(folder / "history.json", json.dumps(history, indent=1))
     if as_json:
@@ -135,3 +167,37 @@ def fit(
                 f"{task.metric}: {judged.value:.2f} % ({judged.low:.2f} to {judged.high:.2f}) on held-out data"
             )
         results.print(f"weights: {folder / 'model.safetensors'}")
+
+
+def low_rank_stage(
+    network: nn.Module, task: Task, recipe: str | None, remark: Callable[[str], None]
+) -> tuple[nn.Module, Method, str]:
+    """The network with low-rank layers, the method that mends it from the network as it was, the technique in words.
+
+    ``recipe`` holds the technique ``low_rank``, as text or in a JSON file; what else it holds is not for training, and
+    a remark says so. Raises LissomError where it holds none, and where no layer of the network can be replaced.
+    """
+    from lissom.errors import LissomError
+    from lissom.export.plan import Plan
+    from lissom.techniques.low_rank import LowRank
+    from lissom.techniques.recipe import Recipe
+    from lissom.training.methods.pela import Pela
+
+    techniques = Recipe.of(recipe or "low_rank()").techniques
+    found = [technique for technique in techniques if isinstance(technique, LowRank)]
+    if not found:
+        raise LissomError(f"the recipe {recipe} holds no low_rank, which pela starts with")
+    if others := [technique.name for technique in techniques if technique is not found[0]]:
+        remark(f"left out of the recipe: {', '.join(others)}; pela trains low-rank layers alone")
+    low_rank = found[0]
+    plan = low_rank.apply(Plan.of(network, task.shape), task)
+    for note in plan.notes:
+        remark(note)
+    method = Pela(
+        network,
+        features=low_rank.features,
+        feature_weight=low_rank.feature_weight,
+        perturbation_weight=low_rank.perturbation_weight,
+        eps=low_rank.eps,
+    )
+    return plan.model, method, str(low_rank)

@@ -166,6 +166,8 @@ def load_model(
     - ``file.py:function``, which returns a module: taken as trained, with or without a file of ``weights`` (the
       function may have loaded its own).
 
+    Layers that a weight file holds as two thin ones (``lissom.layers.low_rank``) become so, in any of these models.
+
     A model that has weights keeps the outputs it was trained with, whatever ``num_classes`` says: see ``with_head``.
 
     Normalisation is the user's module file's ``MEAN`` and ``STD`` where it defines them, else what the model's
@@ -174,7 +176,7 @@ def load_model(
     """
     if isinstance(spec, nn.Module):
         if weights is not None:
-            _load(spec, _translated(spec, read_weights(weights), str(weights)), str(weights))
+            _load_own(spec, weights)
         return _described(spec.eval(), type(spec).__name__, True)
     text = str(spec)
     if is_reference(text):
@@ -321,6 +323,13 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> N
         raise LissomError(f"the weights of {source} do not fit {type(model).__name__} ({first_line(error)})") from error
 
 
+def _load_own(model: nn.Module, weights: str | Path) -> None:
+    """Load a weight file into a user's model, in place; layers that are two thin ones in the file become so."""
+    state = _translated(model, read_weights(weights), str(weights))
+    factorise(model, published_ranks(model, state), "random")
+    _load(model, state, str(weights))
+
+
 def _from_function(reference: str, weights: str | Path | None, seed: int) -> Loaded:
     function = load_function(reference)
     try:
@@ -333,7 +342,7 @@ def _from_function(reference: str, weights: str | Path | None, seed: int) -> Loa
     if not isinstance(model, nn.Module):
         raise LissomError(f"{reference} returned {type(model).__name__}; a torch.nn.Module is wanted")
     if weights is not None:
-        _load(model, _translated(model, read_weights(weights), str(weights)), str(weights))
+        _load_own(model, weights)
     scope = getattr(function, "__globals__", {})
     normalisation = {
         field: _numbers(scope[constant], f"{constant} in {reference.rpartition(':')[0]}")

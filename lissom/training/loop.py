@@ -536,9 +536,11 @@ def _data_marks(split: Split) -> Iterator[str]:
 
 
 def _describe(method: Method) -> str:
-    """A method as text; a module among its fields as the hash of its weights."""
+    """A method as text; a module among its fields as the hash of its weights. What it has found itself is left out."""
     marks = {}
     for name, value in vars(method).items():
+        if name.startswith("_"):
+            continue
         if isinstance(value, nn.Module):
             value = _digest(
                 f"{n} {hashlib.sha256(v.detach().cpu().float().numpy().tobytes()).hexdigest()}"

@@ -167,5 +167,7 @@ def check_network(system: str, name: str, rtol: float = 1e-3) -> None:
     shape = tuple(figures["input"])
     if figures.get("mode") == "calibrated":
         own.calibrate_(model, own.make_input((8, *shape[1:]), "calibration"))
+    elif figures.get("mode") == "train":
+        own.batch_statistics_(model)
     with torch.no_grad():
         assert own.close(own.digest(model(own.make_input(shape))), figures["output"], rtol)

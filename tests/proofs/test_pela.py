@@ -86,6 +86,30 @@ def test_nothing_that_is_trained_on_judges():
     assert len(kept_out & trained) <= 2  # the digits hold a few pictures twice
 
 
+def test_the_arms_go_on_to_a_second_data_set(monkeypatch: pytest.MonkeyPatch):
+    """Copies are tuned: the arms stay as they were for what follows."""
+    monkeypatch.setattr(pela, "fit", partial(fit, max_steps=1))
+    data = read("digits")
+    task = pela._task(data, "digits", TINY, 0)
+    teacher = pela._network(TINY, 10, 0)
+    arms = {f"{name}, ratio 2": network for name, network, _ in pela.stage(teacher, task, 2.0)}
+    before = {name: [p.clone() for p in network.parameters()] for name, network in arms.items()}
+    found = pela._on_second(teacher, arms, data, TINY, 0)
+    assert list(found) == [f"{name}, then fine-tuned on digits" for name in ("original", *pela.STAGES)]
+    assert all(0 <= value <= 100 for value in found.values())
+    for name, network in arms.items():
+        assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before[name], strict=True))
+
+    figures = {name: [90.0, 90.1, 90.2] for name in found}
+    figures["(c) and features, then fine-tuned on digits"] = [92.0, 92.1, 92.2]
+    everything = {name: [95.0, 95.1, 95.2] for name in ("original", "original, trained on", *arms)}
+    everything |= {f"{name}, ratio 2": [90.0, 90.1, 90.2] for name in ("(e) random start", "(f) thinner")}
+    scale = replace(TINY, ratios=(2.0,), few=0)
+    claims = pela._judged("cifar10", scale, everything | figures, dict.fromkeys(everything, 1), 3).claims
+    assert [claim.verdict for claim in claims[-3:]] == [SHOWS, SHOWS, NOT_SHOWN]
+    assert all("second data set" in claim.text or "(digits)" in claim.text for claim in claims[-3:])
+
+
 def test_the_nearest_width():
     assert pela.thin_width(100, lambda w: w * w) == 10
     assert pela.thin_width(120, lambda w: w * w) == 10

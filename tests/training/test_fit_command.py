@@ -25,6 +25,14 @@ def small():
     )
 
 
+def deep():
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(),
+        nn.Linear(24, 2)
+    )
+
+
 def wide():
     torch.manual_seed(1)
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
@@ -85,6 +93,80 @@ def test_distillation_takes_a_teacher_and_its_weights(place, capsys):
     assert main(["fit", "models.py:small", *BASE, "--method", "distillation", *weights, "--out", "student"]) == 0
     student, teacher = (load_file(place / name / "model.safetensors") for name in ("student", "teacher"))
     assert not torch.equal(student["2.weight"], teacher["2.weight"])
+
+
+PELA = ("fit", "models.py:deep", *BASE, "--method", "pela")
+
+
+def test_pela_makes_a_trained_model_low_rank_and_transfers_it(place, capsys):
+    """From the shell: train, make low-rank and mend, then fine-tune on a second data set of other classes."""
+    assert main(["fit", "models.py:deep", *BASE, "--out", "first"]) == 0
+    trained = ["--weights", "first/model.safetensors"]
+    settings = "low_rank(ratio=2.0, features='none', perturbation_weight=1.0)"
+    assert main([*PELA, *trained, "--recipe", settings, "--out", "thin"]) == 0
+    said = capsys.readouterr()
+    assert "put two thin layers in the place of 2 of 3" in said.err
+    assert "100.00 %" in said.out
+    state = load_file(place / "thin" / "model.safetensors")
+    rank = 48 * 32 // (2 * (48 + 32))
+    assert state["2.0.weight"].shape == (rank, 48)
+    assert state["2.1.weight"].shape == (32, rank)
+    assert state["6.weight"].shape == (2, 24)  # the classifier is left alone
+    assert json.loads((place / "thin" / "history.json").read_text())["recipe"].startswith("low_rank(")
+
+    for split, count in (("train", 12), ("val", 4)):
+        for label, colour in (("blue", (20, 20, 200)), ("green", (20, 200, 20)), ("red", (200, 20, 20))):
+            folder = place / "colours" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), tuple(c + i for c in colour)).save(folder / f"{i}.png")
+    tuned = ["fit", "models.py:deep", "--weights", "thin/model.safetensors", *BASE]
+    assert main([*tuned, "--data", "colours", "--epochs", "6", "--out", "second"]) == 0
+    said = capsys.readouterr()
+    assert "the head is new: 3 outputs" in said.err
+    assert "100.00 %" in said.out
+    second = load_file(place / "second" / "model.safetensors")
+    assert {k: v.shape for k, v in second.items() if k[0] in "24"} == {
+        k: v.shape for k, v in state.items() if k[0] in "24"
+    }
+    assert not torch.equal(second["2.0.weight"], state["2.0.weight"])
+
+
+def test_pela_takes_the_ranks_of_a_slim_run(place, capsys):
+    """Its result.json holds a recipe; what of it is no low_rank is left out, and said."""
+    recipe = "fuse() + low_rank(ranks=(('2', 5),), skip=('4', '6'), features='none') + int8()"
+    (place / "result.json").write_text(json.dumps({"best": {"recipe": recipe, "metrics": {}}}))
+    assert main([*PELA, "--recipe", "result.json", "--out", "thin"]) == 0
+    assert "left out of the recipe: fuse, int8" in capsys.readouterr().err
+    state = load_file(place / "thin" / "model.safetensors")
+    assert state["2.0.weight"].shape == (5, 48)
+    assert state["4.weight"].shape == (24, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--recipe", "int8()"], "holds no low_rank"),
+        (["--recipe", "low_rank(ranks=(('9', 5),))"], "cannot replace '9'"),
+        (["--recipe", "low_rank(ratio=0)"], "at least 1"),
+        (["--recipe", "nowhere.json"], "cannot be read"),
+        ([], "no repeated blocks"),
+        (["--teacher", "models.py:deep"], "--teacher is for --method distillation"),
+        (["--method", "supervised", "--recipe", "low_rank()"], "--recipe is for --method pela"),
+        (["--data", "digits"], "pela trains on the data that the model was trained on"),
+    ],
+)
+def test_pela_says_what_it_cannot_do(place, capsys, arguments, sentence):
+    assert main([*PELA, "--out", "none", *arguments]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err
+    assert "Traceback" not in said.err
+    assert not (place / "none").exists()
+
+
+def test_pela_starts_from_trained_weights_only(place, capsys):
+    assert main(["fit", "digits_vit", "--method", "pela", "--epochs", "1"]) == 2
+    assert "random ones; give its --weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import nn
 from lissom.errors import LissomError
 from lissom.layers.low_rank import factorise, rank_of_ratio
 from lissom.training.loop import fit
-from lissom.training.methods.pela import FeatureMSE, Perturbation, Retrained, block_paths
+from lissom.training.methods.pela import AnswerMSE, FeatureMSE, Pela, Perturbation, Retrained, block_paths
 from lissom.training.methods.recovery import Answers, Recovery, Seen
 
 NOTHING = Seen((torch.zeros(2, 3),), {})
@@ -154,6 +154,88 @@ def test_retrained_asks_for_a_training_and_adds_nothing(task):
     assert len(list(term.parameters(model))) == len(list(model.parameters()))
     alone = Recovery(other, (Answers(),)).loss(model, x, y, task)
     assert torch.equal(Recovery(other, (Answers(), term)).loss(model, x, y, task), alone)
+
+
+def test_the_stage_is_the_sum_of_its_terms(task):
+    original, model, dense = pair_of_models()
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    settings = {"feature_weight": 0.1, "logit_weight": 0.3, "perturbation_weight": 2.0, "eps": 0.01}
+    method = Pela(original, **settings)
+    method.prepare(model, task)
+    terms = (Answers(alpha=0.0), FeatureMSE(BLOCKS, 0.1), AnswerMSE(0.3), Perturbation(dense, 2.0, 0.01))
+    want = Recovery(original, terms).loss(model, x, y, task)
+    assert torch.equal(method.loss(model, x, y, task), want)
+    by_hand = torch.nn.functional.cross_entropy(model(x), y) + 0.3 * (model(x) - original(x)).square().mean()
+    plain = Pela(original, features="none", logit_weight=0.3)
+    plain.prepare(model, task)
+    torch.testing.assert_close(plain.loss(model, x, y, task), by_hand)
+    last = Pela(original, features="last")
+    last.prepare(model, task)
+    own = Recovery(original, (Answers(alpha=0.0), FeatureMSE(BLOCKS[-1:]))).loss(model, x, y, task)
+    assert torch.equal(last.loss(model, x, y, task), own)
+    assert all(p.grad is None for p in original.parameters())
+
+
+def test_the_stage_mends_a_model_that_is_then_tuned_on_other_data(task, tmp_path):
+    """The teacher stays as it is; resuming repeats the run; the thin layers go on as thin layers."""
+    original = Net()
+    fit(original, task, epochs=4, batch=16, lr=5e-3)
+    weights = copy.deepcopy(original.state_dict())
+    made = []
+    for folder in ("whole", "parts"):
+        model = factorise(copy.deepcopy(original), RANKS)
+        method = Pela(original, perturbation_weight=1.0)
+        if folder == "parts":
+            torch.manual_seed(7)
+        fit(model, task, method=method, epochs=2, batch=16, lr=5e-3, folder=tmp_path / folder)
+        made.append(model)
+    same = zip(made[0].state_dict().values(), made[1].state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    again = factorise(copy.deepcopy(original), RANKS)
+    settings = {"epochs": 2, "batch": 16, "lr": 5e-3, "folder": tmp_path / "whole", "resume": True}
+    fit(again, task, method=Pela(original, perturbation_weight=1.0), **settings)
+    assert torch.equal(again.head.weight, made[0].head.weight)
+    with pytest.raises(LissomError, match="method"):
+        fit(again, task, method=Pela(original, perturbation_weight=0.5), **settings)
+    assert all(torch.equal(v, weights[k]) for k, v in original.state_dict().items())
+
+    tuned = made[0]
+    tuned.head = nn.Linear(16, 3)
+    before = copy.deepcopy(tuned.get_submodule("blocks.0.body.0").state_dict())
+    fit(tuned, task, epochs=2, batch=16, lr=5e-3)
+    after = tuned.get_submodule("blocks.0.body.0").state_dict()
+    assert [v.shape for v in after.values()] == [v.shape for v in before.values()]
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+
+
+def test_what_the_stage_refuses(task):
+    original, model, _ = pair_of_models()
+    for method, student, sentence in (
+        (Pela(), model, "teacher=original"),
+        (Pela(original), Net(), "no low-rank layer"),
+        (Pela(nn.Sequential(nn.Linear(3, 3))), model, r"no layer at 'blocks\.0"),
+        (Pela(factorise(Net(), {"blocks.0.body.0": 2})), factorise(Net(), {"embed": 2}), None),
+        (Pela(flat(False)), flat(True), "no repeated blocks"),
+    ):
+        if sentence is None:  # a teacher that is low-rank elsewhere still has a dense layer here
+            method.prepare(student, task)
+            continue
+        with pytest.raises(LissomError, match=sentence):
+            fit(student, task, method=method, epochs=1)
+    for wrong, sentence in (
+        ({"features": "some"}, "features"),
+        ({"eps": -1.0}, "eps is -1"),
+        ({"logit_weight": float("nan")}, "logit"),
+    ):
+        with pytest.raises(LissomError, match=sentence):
+            Pela(original, **wrong)
+
+
+def flat(thin: bool) -> nn.Module:
+    """A model without blocks, its first layer as two thin ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 3))
+    return factorise(model, {"1": 4}) if thin else model
 
 
 def test_what_the_terms_refuse(task):

@@ -1,14 +1,16 @@
-"""PELA's two losses of the stage behind a factorisation: features of every block, and the product near the original.
+"""PELA's stage behind a factorisation: features of every block, and the product near the original, before fine-tuning.
 
 PELA: Learning Parameter-Efficient Models with Low-Rank Approximation (CVPR 2024, arXiv 2310.10700). A model whose
 layers were replaced by thin pairs is trained for a while on the data of its pre-training, with the loss
 
-    L = L_task + a L_feat + c L_pert,
+    L = L_task + a L_feat + b L_logit + c L_pert,
     L_feat = mean over blocks of MSE(student's block output, teacher's block output),
+    L_logit = MSE(student's answer, teacher's answer),
     L_pert = mean over replaced layers of (max |R^T L^T - W| - eps)^2,
 
-where W is a layer's weight before it was replaced, and R^T L^T what its two layers amount to. Both are ``Term`` objects
-of ``recovery``; L_task is ``Answers(alpha=0)`` there, and larger alpha learns the teacher's answers besides.
+where W is a layer's weight before it was replaced, and R^T L^T what its two layers amount to. Each is a ``Term`` of
+``recovery``, for a model that other techniques change as well; L_task is ``Answers(alpha=0)`` there. ``Pela`` is the
+stage by itself: the method that a low-rank model is trained with before it is fine-tuned, on these data or on others.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from torch.nn import functional
 
 from lissom.errors import LissomError
 from lissom.layers.low_rank import LowRankLayer
+from lissom.registry import register
 from lissom.tasks.task import Task
-from lissom.training.methods.recovery import Seen, Term
+from lissom.training.methods.base import Method
+from lissom.training.methods.recovery import Answers, Recovery, Seen, Term
 
-__all__ = ["FeatureMSE", "Perturbation", "Retrained", "block_paths"]
+__all__ = ["AnswerMSE", "FeatureMSE", "Pela", "Perturbation", "Retrained", "block_paths"]
+
+FEATURES = ("all", "last", "none")
 
 
 def block_paths(model: nn.Module) -> tuple[str, ...]:
@@ -97,6 +103,19 @@ def _tensor(output: Any, path: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class AnswerMSE(Term):
+    """``weight`` times L_logit: the mean square of the difference between the model's answer and the original's, logits
+    (B, classes), every class counting alike. The published code has it, at weight 0."""
+
+    weight: float = 1.0
+
+    def loss(
+        self, model: nn.Module, student: Seen, teacher: Seen, targets: torch.Tensor | None, task: Task
+    ) -> torch.Tensor:
+        return self.weight * functional.mse_loss(student.answer.float(), teacher.answer.detach().float())
+
+
+@dataclass(frozen=True)
 class Perturbation(Term):
     """``weight`` times L_pert, over the low-rank layers that had the dense weights ``originals`` (path -> (out, in)).
 
@@ -142,3 +161,92 @@ class Retrained(Term):
         self, model: nn.Module, student: Seen, teacher: Seen, targets: torch.Tensor | None, task: Task
     ) -> torch.Tensor:
         return student.answer.new_zeros(())
+
+
+@register("method", "pela")
+@dataclass(frozen=True)
+class Pela(Method):
+    """Train a low-rank model on its task, its blocks drawn to those of ``teacher``, the model it was made of.
+
+    The model holds ``LowRankLayer`` objects in the place of the teacher's layers at the same paths (the technique
+    ``low_rank`` makes such a one, ``lissom.layers.low_rank.factorise`` as well); all of its parameters are trained. The
+    paper does this on the data of pre-training; what comes out is fine-tuned like any other model.
+
+    ``features``: the outputs of "all" blocks, of the "last" (as Swin's released code does) or of "none" are learned,
+    with ``feature_weight`` (a; the paper: 1.0 for DeiT and Swin, 0.1 for ALBEF). ``logit_weight`` is b (0),
+    ``perturbation_weight`` c (0 in the scripts for DeiT, 1.0 for Swin and ALBEF), ``eps`` its distance (1e-3; Swin: 0).
+    Without labels the teacher's answers take the place of the task's loss.
+    """
+
+    teacher: nn.Module | None = None
+    features: str = "all"
+    feature_weight: float = 1.0
+    logit_weight: float = 0.0
+    perturbation_weight: float = 0.0
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.features not in FEATURES:
+            raise LissomError(f"features is {' or '.join(map(repr, FEATURES))}, not {self.features!r}")
+        for name in ("feature_weight", "logit_weight", "perturbation_weight", "eps"):
+            if not getattr(self, name) >= 0:
+                raise LissomError(f"pela's {name} is {getattr(self, name)}; it is at least 0")
+
+    def prepare(self, model: nn.Module, task: Task) -> None:
+        if self.teacher is None:
+            raise LissomError("pela needs the model as it was before it was made low-rank: Pela(teacher=original)")
+        pairs = [path for path, module in model.named_modules() if isinstance(module, LowRankLayer)]
+        if not pairs:
+            raise LissomError(
+                "pela trains a low-rank model, and this one has no low-rank layer; apply the technique low_rank first"
+            )
+        known = dict(self.teacher.named_modules())
+        originals: dict[str, torch.Tensor] = {}
+        for path in pairs:
+            dense = getattr(known.get(path), "weight", None)
+            if not isinstance(dense, torch.Tensor) or dense.shape != model.get_submodule(path).weight.shape:
+                raise LissomError(
+                    f"the teacher has no layer at {path!r} that the model's low-rank layer could stand for"
+                )
+            originals[path] = dense.detach()
+        terms: list[Term] = [Answers(alpha=0.0)]
+        if self.features != "none" and self.feature_weight:
+            blocks = [path for path in _in_order(model, task.shape, block_paths(model)) if path in known]
+            if not blocks:
+                raise LissomError(
+                    "pela finds no repeated blocks whose features could be compared; features='none' goes without"
+                )
+            terms.append(FeatureMSE(tuple(blocks[-1:] if self.features == "last" else blocks), self.feature_weight))
+        if self.logit_weight:
+            terms.append(AnswerMSE(self.logit_weight))
+        if self.perturbation_weight:
+            terms.append(Perturbation(originals, self.perturbation_weight, self.eps))
+        stage = Recovery(self.teacher, tuple(terms))
+        stage.prepare(model, task)
+        object.__setattr__(self, "_stage", stage)
+
+    def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor | None, task: Task) -> torch.Tensor:
+        stage: Recovery = vars(self)["_stage"]
+        return stage.loss(model, inputs, targets, task)
+
+
+@torch.no_grad()
+def _in_order(model: nn.Module, shape: Sequence[int], paths: Sequence[str]) -> list[str]:
+    """Those of ``paths`` that a forward pass on zeros calls, in the order of their first calls."""
+    called: dict[str, None] = {}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda module, inputs, path=path: called.setdefault(path))
+        for path in paths
+    ]
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        raise LissomError(
+            f"the model does not take inputs of shape {tuple(shape)}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return list(called)
