@@ -19,8 +19,8 @@ from tests.parity_adapters import BUILD
 
 ROOT = Path(__file__).parent.parent.parent
 SYSTEMS = (
-    "shvit", "svit", "inceptionnext", "lsnet", "unireplknet", "metamixer", "hornet", "convit", "cvt", "inception_v4",
-    "tvconv", "terminator", "convfirst", "fit",
+    "deps", "shvit", "svit", "inceptionnext", "lsnet", "unireplknet", "metamixer", "hornet", "convit", "cvt",
+    "inception_v4", "tvconv", "terminator", "convfirst", "fit",
 )  # fmt: skip
 # One narrow network of every kind: name, arguments, input.
 NARROW: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -56,6 +56,7 @@ NARROW: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     ),
     "convfirst_t": ({}, (2, 3, 37, 45)),
     "light_cnn": ({}, (2, 1, 28, 28)),
+    "ofa_mobilenetv3_100": ({"widths": (8, 16), "depths": (1, 2), "neck": 24, "features": 32}, (2, 3, 67, 91)),
     "fit_encoder": ({}, (2, 4, 16, 12)),
 }  # fmt: skip
 
