@@ -150,6 +150,22 @@ def test_snapshots_are_taken_in_time_and_kept_few(task: Task) -> None:
     assert taken == [(0, 0), (1, 1), (1, 1), (2, 2), (3, 2), (3, 2), (4, 2)]
 
 
+def test_resolutions_are_drawn_a_batch(task: Task) -> None:
+    network = super_network().train()
+    seen: list[tuple[int, ...]] = []
+    network.stem.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    for _ in range(8):
+        Sandwich(resolutions=(6, 8)).loss(network, x, y, task)
+    assert len(seen) == 8 * 4
+    batches = [set(seen[i : i + 4]) for i in range(0, 32, 4)]
+    assert all(len(batch) == 1 for batch in batches)  # one size in all passes of a step
+    assert set().union(*batches) == {(4, 1, 6, 6), (4, 1, 8, 8)}
+    seen.clear()
+    ProgressiveShrinking(resolutions=(6,)).loss(network, x, y, task)
+    assert seen == [(4, 1, 6, 6)]
+
+
 def test_sub_networks_learn(task: Task) -> None:
     network = super_network()
     before = recalibrate(network.extract(smallest(network)), task.fit)

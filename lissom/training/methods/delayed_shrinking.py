@@ -36,7 +36,15 @@ from lissom.registry import register
 from lissom.tasks.task import Task
 from lissom.training.methods.base import Method, unwrapped
 
-__all__ = ["DelayedShrinking", "Sandwich", "check_elastic", "eps_at", "sandwich_settings", "soft_cross_entropy"]
+__all__ = [
+    "DelayedShrinking",
+    "Sandwich",
+    "check_elastic",
+    "eps_at",
+    "resized",
+    "sandwich_settings",
+    "soft_cross_entropy",
+]
 
 TEACHERS = ("current", "snapshots")
 
@@ -59,12 +67,22 @@ def sandwich_settings(model: Any, random: int) -> list[dict[str, Any]]:
     return [smallest(model), *(draw_setting(model) for _ in range(random))]
 
 
+def resized(inputs: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """Images (B, C, H, W) at one of ``sides``, drawn from torch's global generator; as they are where there is none."""
+    if not sides:
+        return inputs
+    side = sides[int(torch.randint(len(sides), ()))]
+    if tuple(inputs.shape[-2:]) == (side, side):
+        return inputs
+    return functional.interpolate(inputs, size=(side, side), mode="bilinear", antialias=True)
+
+
 def check_elastic(model: nn.Module, what: str) -> None:
     """Raise LissomError where the model is no super-network, or several processes train it."""
     if not is_elastic(model):
         raise LissomError(
             f"{what} trains super-networks, and {type(model).__name__} is none; take an ofa_ network, or make one of "
-            "your own model with lissom.layers.supernet.supernet_of(model, shape)"
+            "your own model with lissom.training.supernet.supernet_of(model, shape)"
         )
 
 
@@ -85,8 +103,10 @@ class DelayedShrinking(Method):
     """Train a super-network as DepS does; the module's text gives the loss.
 
     ``start`` and ``ramp`` are shares of the training. ``weight`` is the sub-networks' in the loss, all alike, besides
-    eps. ``random``: sub-networks a step beside the smallest. Works without labels from ``start`` on only, so labels are
-    asked for. One device: several forward passes make one step, which distributed training does not allow.
+    eps. ``random``: sub-networks a step beside the smallest. ``distil``: they learn from the whole network's answers,
+    else from labels. ``resolutions``: sides of square images, of which each batch gets one, drawn anew; () leaves
+    images as they are. The data need labels. One device: several forward passes make one step, which distributed
+    training does not allow.
     """
 
     start: float = 0.5
@@ -98,6 +118,7 @@ class DelayedShrinking(Method):
     teachers: str = "current"
     keep: int = 2
     every: float = 0.1
+    resolutions: tuple[int, ...] = ()
     _share: float = 0.0
     _copies: _Copies = field(default_factory=_Copies, compare=False)
 
@@ -110,6 +131,7 @@ class DelayedShrinking(Method):
             (not self.weight >= 0, f"weight is {self.weight}; it is at least 0"),
             (self.teachers not in TEACHERS, f"teachers is {self.teachers!r}; it is {' or '.join(map(repr, TEACHERS))}"),
             (self.keep < 1, f"keep is {self.keep}; it is a number of snapshots, at least 1"),
+            (any(side < 1 for side in self.resolutions), f"resolutions are sides in pixels, not {self.resolutions}"),
             (not 0 < self.every <= 1, f"every is {self.every}; it is a share of the training, above 0 and at most 1"),
         ):
             if wrong:
@@ -137,6 +159,7 @@ class DelayedShrinking(Method):
         whole = largest(inner)
         inner.set_active(whole)
         self._remember(inner)
+        inputs = resized(inputs, self.resolutions)
         output = model(inputs)
         loss = task.loss(output, targets)
         eps = self.eps * self.weight

@@ -25,7 +25,7 @@ from lissom.layers.elastic import ElasticNetwork, draw_setting, largest
 from lissom.registry import register
 from lissom.tasks.task import Task
 from lissom.training.methods.base import Method, unwrapped
-from lissom.training.methods.delayed_shrinking import check_elastic, refuse_processes, soft_cross_entropy
+from lissom.training.methods.delayed_shrinking import check_elastic, refuse_processes, resized, soft_cross_entropy
 
 __all__ = ["ProgressiveShrinking", "Stage", "published_stages", "teacher_of"]
 
@@ -86,12 +86,14 @@ class ProgressiveShrinking(Method):
     """One stage of progressive shrinking: ``count`` sub-networks a step of what is ``opened`` (kind, values).
 
     ``opened`` left out opens all kinds. ``teacher`` is the trained whole network; without one, labels alone teach.
+    ``resolutions``: sides of square images, of which each batch gets one; () leaves images as they are.
     """
 
     teacher: nn.Module | None = None
     opened: Opened | None = None
     count: int = 1
     kd_ratio: float = 1.0
+    resolutions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -115,6 +117,7 @@ class ProgressiveShrinking(Method):
         assert targets is not None
         refuse_processes()
         inner: Any = unwrapped(model)
+        inputs = resized(inputs, self.resolutions)
         soft = None
         if self.teacher is not None and self.kd_ratio:
             with torch.no_grad():
