@@ -1,0 +1,112 @@
+"""subnet: what it keeps, that the plan given stays, exact answers, recovery, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lissom.data.splits import ArraySplit
+from lissom.errors import LissomError, NotApplicable
+from lissom.export.plan import Plan
+from lissom.runtime.target import Target
+from lissom.tasks.task import Task
+from lissom.techniques.recipe import Recipe
+from lissom.techniques.subnet import Subnet
+from lissom.training.methods.recovery import Recovery
+
+TARGET = Target("openvino", "cpu", 1, 1, frozenset({"fp32", "int8", "bf16"}))
+
+
+def a_task(side: int = 16) -> Task:
+    rng = np.random.default_rng(0)
+    split = ArraySplit("noise", rng.standard_normal((8, 3, side, side)).astype(np.float32), np.arange(8) % 5)
+    return Task(split, split, split, shape=(3, side, side), classes=tuple("abcde"))
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=5
+    ).eval()
+
+
+def test_half_of_a_vit() -> None:
+    model, task = vit(), a_task()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = Subnet(depth=0.5).apply(Plan.of(model, task.shape), task)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    kept = [block for block in plan.model.blocks if not isinstance(block, nn.Identity)]
+    assert len(kept) == 2
+    assert all(block.mlp.fc1.out_features == 64 and block.attn.num_heads == 2 for block in kept)
+    assert "4 hidden layers narrower, 4 attentions with fewer heads, 2 blocks fewer" in plan.notes[0]
+    with torch.no_grad():
+        assert plan.model(torch.zeros(1, *task.shape)).shape == (1, 5)
+    assert plan.recovery
+
+
+def test_heads_may_stay_whole() -> None:
+    task = a_task()
+    plan = Subnet(width=0.5, heads=1.0).apply(Plan.of(vit(), task.shape), task)
+    assert {block.attn.num_heads for block in plan.model.blocks} == {4}
+
+
+def test_recovery_trains_every_weight() -> None:
+    model, task = vit(), a_task()
+    plan = Subnet().apply(Plan.of(model, task.shape), task)
+    method = Recovery(model, plan.recovery)
+    method.prepare(plan.model, task)
+    assert len(list(method.parameters(plan.model))) == len(list(plan.model.parameters()))
+
+
+@pytest.mark.parametrize("text", ["subnet() + low_rank()", "low_rank() + subnet()", "subnet(width=0.7) + int8()"])
+def test_it_stands_with_others(text: str) -> None:
+    model, task = vit(), a_task()
+    plan = Recipe.parse(text).apply(Plan.of(model, task.shape), task, TARGET)
+    with torch.no_grad():
+        assert plan.model(torch.zeros(1, *task.shape)).shape == (1, 5)
+
+
+def test_low_rank_reads_the_blocks_that_are_left() -> None:
+    model, task = vit(), a_task()
+    plan = Recipe.parse("subnet(depth=0.5) + low_rank()").apply(Plan.of(model, task.shape), task, TARGET)
+    method = Recovery(model, plan.recovery)
+    method.prepare(plan.model, task)
+    x, y = torch.from_numpy(task.fit.inputs(slice(0, 4))), torch.arange(4)
+    method.loss(plan.model, x, y, task).backward()
+
+
+def test_a_resnets_streams() -> None:
+    torch.manual_seed(0)
+    model, task = timm.create_model("resnet18", num_classes=5).eval(), a_task(32)
+    hidden = Subnet().apply(Plan.of(model, task.shape), task).model
+    assert (hidden.layer1[0].conv1.out_channels, hidden.layer1[0].conv2.out_channels) == (32, 64)
+    with torch.no_grad():
+        assert hidden(torch.zeros(1, *task.shape)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ("width=0", "width is 0"),
+        ("depth=2", "depth is 2"),
+        ("width=True", "width is True"),
+        ("width=1.0", "all shares"),
+    ],
+)
+def test_knobs_that_cannot_be(knobs: str, reason: str) -> None:
+    with pytest.raises(LissomError, match=reason):
+        Recipe.parse(f"subnet({knobs})")
+
+
+def test_networks_that_cannot_be() -> None:
+    task = a_task()
+    single = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
+    with pytest.raises(NotApplicable, match="hidden"):
+        Subnet().check(Plan.of(single), TARGET)
+    with pytest.raises(NotApplicable, match="elastic"):
+        Subnet(width=1, heads=1, depth=0.5).apply(
+            Plan.of(nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.Linear(8, 5))), task
+        )
