@@ -276,8 +276,24 @@ class ElasticOFANet(OFANet):
         """How many blocks of a stage run."""
         raise NotImplementedError
 
+    def _left_out(self) -> set[int]:
+        """Numbers of the blocks that the active depths leave out."""
+        return {block for number, stage in enumerate(self.stages) for block in stage[self._depth(number) :]}
+
+    def dead(self, setting: Setting) -> frozenset[str]:
+        """The dimensions that change nothing at this setting: those of blocks that its depths leave out.
+
+        Raises LissomError as ``set_active``.
+        """
+        before, self.active = self.active, check_setting(self, setting)
+        try:
+            gone = self._left_out()
+        finally:
+            self.active = before
+        return frozenset(d.name for d in self.dimensions() if any(d.name.startswith(f"blocks.{b}.") for b in gone))
+
     def running(self) -> Iterator[tuple[int, nn.Module]]:
-        left_out = {b for number, stage in enumerate(self.stages) for b in stage[self._depth(number) :]}
+        left_out = self._left_out()
         stage_of = {block: number for number, stage in enumerate(self.stages) for block in stage}
         for block, module in enumerate(self.blocks):
             if block not in left_out:

@@ -49,8 +49,8 @@ RECIPE: dict[str, Any] = {"optimizer": "sgd", "weight_decay": 3e-5, "clip": None
 @dataclass(frozen=True)
 class _Scale:
     """Images of ``side`` pixels, ``train`` of them to learn from (None: all), ``held_out`` to judge by; the network's
-    widths; ``budget`` in passes of the whole network; ``judged`` random sub-networks; DepS's and Once-for-All's
-    ``curve`` of other budgets, as divisors."""
+    widths; ``budget`` in passes of the whole network; ``judged`` random sub-networks; ``draws`` of settings that costs
+    are the mean of; DepS's and Once-for-All's ``curve`` of other budgets, as divisors."""
 
     side: int
     train: int | None
@@ -59,12 +59,13 @@ class _Scale:
     batch: int
     budget: int
     judged: int
+    draws: int
     curve: tuple[float, ...]
 
 
-QUICK = _Scale(8, 400, 200, (8, 8, 16), 50, 40, 2, (CHEAPER,))
-DIGITS = _Scale(16, None, None, (16, 24, 32), 64, 600, 20, (CHEAPER, 2.5))
-CIFAR = _Scale(32, 10_000, 2000, (16, 24, 32), 128, 1400, 20, (CHEAPER, 2.5))
+QUICK = _Scale(8, 400, 200, (8, 8, 16), 50, 24, 2, 4, (CHEAPER,))
+DIGITS = _Scale(16, None, None, (16, 24, 32), 64, 600, 20, 32, (CHEAPER, 2.5))
+CIFAR = _Scale(32, 10_000, 2000, (16, 24, 32), 128, 1400, 20, 32, (CHEAPER, 2.5))
 
 
 @register("proof", "deps")
@@ -82,7 +83,7 @@ def deps(settings: Settings) -> ProofResult:
     for seed in settings.seeds:
         task = image_task(data, scale.side, seed, train=scale.train, held_out=scale.held_out)
         make = _maker(scale, len(task.classes))
-        costs = costs or costs_of(built(make, 0), task.shape)
+        costs = costs or costs_of(built(make, 0), task.shape, scale.draws)
         for name, train in _arms(scale, costs).items():
 
             def figures(

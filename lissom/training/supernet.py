@@ -219,6 +219,12 @@ class SuperNetwork(nn.Module):
                     tensor.requires_grad_(flags[name].requires_grad)
             for name, module in made.named_modules():
                 module.training = modes[name]
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    # The module held ready may have been made while statistics were left alone.
+                    norm: Any = self.model.get_submodule(name)
+                    module.momentum = norm.momentum
+                    if norm.num_batches_tracked is not None:
+                        module.num_batches_tracked = norm.num_batches_tracked.clone()
             return made
         finally:
             self.active = before
@@ -266,11 +272,25 @@ class SuperNetwork(nn.Module):
         if kept:
             assert self.channels is not None
             narrow(module, self.channels, kept)
+        for path in self._left_out(self.active):
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, nn.Identity())
+
+    def _left_out(self, setting: Setting) -> list[str]:
+        """Paths of the blocks that the setting's depths leave out."""
+        gone = []
         for row in self._rows:
-            fewer = -int(self.active.get(f"{row.parent}.depth", 0))
-            for number in self.get_buffer(row.order)[:fewer].tolist():
-                parent, _, name = row.paths[number].rpartition(".")
-                setattr(module.get_submodule(parent), name, nn.Identity())
+            fewer = -int(setting.get(f"{row.parent}.depth", 0))
+            gone += [row.paths[number] for number in self.get_buffer(row.order)[:fewer].tolist()]
+        return gone
+
+    def dead(self, setting: Setting) -> frozenset[str]:
+        """The dimensions that change nothing at this setting: those inside blocks that its depths leave out.
+
+        Raises LissomError as ``set_active``.
+        """
+        gone = tuple(f"{path}." for path in self._left_out(check_setting(self, setting)))
+        return frozenset(d.name for d in self.dimensions() if d.name.startswith(gone))
 
     def _sliced(self, ready: _Ready) -> dict[str, torch.Tensor]:
         """The sub-network's tensors, cut out of the shared ones with their gradients."""

@@ -120,6 +120,21 @@ def test_an_extracted_network_answers_the_same(kind: str) -> None:
         assert torch.equal(answers[-1], network(x))  # a copy
 
 
+def test_dead_dimensions_change_nothing() -> None:
+    network, x = tiny("mobile").eval(), images(1, 3, 32, 32)
+    setting = {"stages.0.depth": 1}
+    dead = network.dead(setting)
+    assert dead == {"blocks.2.kernel", "blocks.2.expand"}
+    assert network.active == largest(network)
+    with torch.no_grad():
+        network.set_active(setting)
+        want = network(x)
+        network.set_active({**setting, "blocks.2.kernel": 3, "blocks.2.expand": 2})
+        assert torch.equal(network(x), want)
+        network.set_active({**setting, "blocks.1.kernel": 3})
+        assert not torch.equal(network(x), want)
+
+
 def test_gradients_stay_in_the_active_slices() -> None:
     network = tiny("mobile")
     network.set_active(smallest(network))
@@ -212,8 +227,8 @@ def published(state: dict[str, torch.Tensor], *, doubled: bool, old: bool = Fals
         name = re.sub(r"matrix_(\d)", lambda m: f"{int(m[1]) + 2}to{m[1]}_matrix", name)
         if twice and "matrix" not in name and ".se." not in name:
             name = re.sub(r"\.(conv|bn)\.(\w+)$", r".\1.\1.\2", name)
-        name = name.replace("stem.", "first_conv.").replace("neck.", "final_expand_layer.")
-        name = re.sub(r"^mix\.", "feature_mix_layer.", name)
+        for theirs, ours in (("first_conv", "stem"), ("final_expand_layer", "neck"), ("feature_mix_layer", "mix")):
+            name = re.sub(rf"^{ours}\.", f"{theirs}.", name)
         found[re.sub(r"^classifier\.", "classifier.linear." + ("linear." if doubled else ""), name)] = value
     return found
 

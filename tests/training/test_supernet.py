@@ -209,6 +209,19 @@ def test_stages_of_a_users_network(task: Task) -> None:
     assert len(done) == 3
 
 
+def test_dead_dimensions_change_nothing() -> None:
+    network = supernet_of(*built("plain")).eval()
+    setting = {"blocks.depth": -1}
+    (dead,) = network.dead(setting)
+    x = images(2, 1, 8, 8)
+    with torch.no_grad():
+        network.set_active(setting)
+        want = network(x)
+        network.set_active({**setting, dead: 0.5})
+        assert torch.equal(network(x), want)
+    assert not network.dead({})
+
+
 def test_a_uniform_setting() -> None:
     network = supernet_of(*built("vit"))
     setting = network.uniform(expand=0.5, depth=0.5)
