@@ -276,6 +276,15 @@ class ElasticOFANet(OFANet):
         """How many blocks of a stage run."""
         raise NotImplementedError
 
+    def uniform(self, **shares: float) -> dict[str, Any]:
+        """The setting that keeps of every dimension of a kind (expand, depth, width, kernel) the named share of its
+        largest value, or the nearest that it has; kinds that are not named stay whole."""
+        setting = {}
+        for d in self.dimensions():
+            wanted = shares.get(d.kind, 1.0) * d.values[-1]
+            setting[d.name] = min(d.values, key=lambda value: abs(value - wanted))
+        return setting
+
     def _left_out(self) -> set[int]:
         """Numbers of the blocks that the active depths leave out."""
         return {block for number, stage in enumerate(self.stages) for block in stage[self._depth(number) :]}

@@ -63,7 +63,7 @@ class _Scale:
     curve: tuple[float, ...]
 
 
-QUICK = _Scale(8, 400, 200, (8, 8, 16), 50, 24, 2, 4, (CHEAPER,))
+QUICK = _Scale(8, 400, 200, (8, 8, 16), 50, 48, 2, 4, (CHEAPER,))
 DIGITS = _Scale(16, None, None, (16, 24, 32), 64, 600, 20, 32, (CHEAPER, 2.5))
 CIFAR = _Scale(32, 10_000, 2000, (16, 24, 32), 128, 1400, 20, 32, (CHEAPER, 2.5))
 

@@ -4,7 +4,8 @@ The model becomes a super-network (``lissom.training.supernet``), of which this 
 every layer's hidden channels, and of the heads, the most important by the norm of their weights; of the blocks that may
 be left out, those that change a drawn input most. The training that follows learns from the original. To choose among
 many sub-networks of one training, train the super-network itself (``lissom fit --method delayed_shrinking`` for a
-network of that kind, ``supernet_of`` for any) and extract what is wanted.
+network of that kind, ``supernet_of`` for any) and extract what is wanted. A model that is a super-network already, as
+the published Once-for-All networks are, gives a sub-network by its own choices.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from torch import nn
 from lissom.errors import NotApplicable
 from lissom.export.capture import clone
 from lissom.export.plan import Plan
+from lissom.layers.elastic import ElasticNetwork, is_elastic, largest
 from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import Subset, Technique
 from lissom.training.methods.narrowed import Narrowed
-from lissom.training.supernet import SuperNetwork, supernet_of
+from lissom.training.supernet import supernet_of
 
 __all__ = ["Subnet"]
 
+KINDS = {"expand": "hidden layers narrower", "width": "streams narrower", "heads": "attentions with fewer heads"}
 NAMED = 3  # how many reasons a note tells
 
 
@@ -81,11 +84,15 @@ class Subnet(Technique):
         Raises NotApplicable where nothing would get smaller, LissomError where the model does not run on the task's
         shape.
         """
-        network = supernet_of(
-            clone(plan.model), task.shape, widths=(self.width,), heads=(self._heads,), streams=(self.stream,),
-            blocks=self.depth,
-        )  # fmt: skip
+        network: Any = clone(plan.model)
+        if not is_elastic(network):
+            network = supernet_of(
+                network, task.shape, widths=(self.width,), heads=(self._heads,), streams=(self.stream,),
+                blocks=self.depth,
+            )  # fmt: skip
         setting = network.uniform(expand=self.width, heads=self._heads, width=self.stream, depth=self.depth)
+        if setting == largest(network):
+            raise NotApplicable("subnet finds no size of this super-network nearer to the shares than the whole")
         made = network.extract(setting)
         before, after = (sum(p.numel() for p in m.parameters()) for m in (plan.model, made))
         note = f"subnet kept {_in_words(network, setting)}: {after / before:.0%} of the parameters{_left(network)}"
@@ -121,23 +128,24 @@ def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, tuple[int, ..
     return found
 
 
-def _in_words(network: SuperNetwork, setting: Mapping[str, Any]) -> str:
+def _in_words(network: ElasticNetwork, setting: Mapping[str, Any]) -> str:
     """What of how many dimensions is smaller."""
     counts: dict[str, int] = {}
     fewer = 0
     for dimension in network.dimensions():
+        most = dimension.values[-1]
         if dimension.kind == "depth":
-            fewer -= setting[dimension.name]
-        elif setting[dimension.name] < 1:
+            fewer += most - setting[dimension.name]
+        elif setting[dimension.name] != most and dimension.kind in KINDS:
             counts[dimension.kind] = counts.get(dimension.kind, 0) + 1
-    words = {"expand": "hidden layers narrower", "width": "streams narrower", "heads": "attentions with fewer heads"}
-    found = [f"{count} {words[kind]}" for kind, count in counts.items()]
+    found = [f"{count} {KINDS[kind]}" for kind, count in counts.items()]
     return ", ".join([*found, *([f"{fewer} blocks fewer"] if fewer else [])])
 
 
-def _left(network: SuperNetwork) -> str:
+def _left(network: ElasticNetwork) -> str:
     reasons: dict[str, int] = {}
-    for reason in network.left.values():
+    left: Mapping[str, str] = getattr(network, "left", {})
+    for reason in left.values():
         reasons[reason] = reasons.get(reason, 0) + 1
     told = [f"{count} ({reason})" for reason, count in list(reasons.items())[:NAMED]]
     return f"; layers left alone: {', '.join(told)}" if told else ""

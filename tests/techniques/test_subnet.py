@@ -11,11 +11,13 @@ from torch import nn
 from lissom.data.splits import ArraySplit
 from lissom.errors import LissomError, NotApplicable
 from lissom.export.plan import Plan
+from lissom.models.ofa import OFAMobileNetV3, OFANet
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.subnet import Subnet
 from lissom.training.methods.recovery import Recovery
+from tests.models.families import settle
 
 TARGET = Target("openvino", "cpu", 1, 1, frozenset({"fp32", "int8", "bf16"}))
 
@@ -85,6 +87,34 @@ def test_a_resnets_streams() -> None:
     assert (hidden.layer1[0].conv1.out_channels, hidden.layer1[0].conv2.out_channels) == (32, 64)
     with torch.no_grad():
         assert hidden(torch.zeros(1, *task.shape)).shape == (1, 5)
+
+
+def test_a_super_network_gives_one_of_its_own() -> None:
+    torch.manual_seed(0)
+    network = OFAMobileNetV3(num_classes=5, widths=(8, 16), neck=16, features=24, depths=(1, 2), expands=(2, 4)).eval()
+    task = a_task(32)
+    plan = Subnet(depth=0.5).apply(Plan.of(network, task.shape), task)
+    assert type(plan.model) is OFANet
+    assert len(plan.model.blocks) == 3
+    assert plan.model.blocks[1].depthwise.conv.kernel_size == (7, 7)
+    want = network.extract(network.setting(expand=2, depth=1)).state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in plan.model.state_dict().items())
+    assert "4 hidden layers narrower, 2 blocks fewer" in plan.notes[0]
+    with pytest.raises(NotApplicable, match="nearer"):
+        Subnet(width=0.95).apply(Plan.of(network, task.shape), task)
+
+
+def test_fuse_leaves_elastic_norms_alone() -> None:
+    torch.manual_seed(0)
+    network = OFAMobileNetV3(num_classes=5, widths=(8, 16), neck=16, features=24, depths=(1, 2), expands=(2, 4))
+    task = a_task(32)
+    settle(network, torch.from_numpy(task.fit.inputs(slice(None))))
+    plan = Recipe.parse("fuse() + subnet(depth=0.5)").apply(Plan.of(network, task.shape), task, TARGET)
+    assert not isinstance(plan.model.stem.bn, nn.BatchNorm2d)  # the stem is of plain layers
+    network.set_active(network.setting(expand=2, depth=1))
+    x = torch.from_numpy(task.fit.inputs(slice(0, 2)))
+    with torch.no_grad():
+        torch.testing.assert_close(plan.model(x), network(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
