@@ -6,7 +6,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,3 +117,39 @@ OUTPUTS |= {
     for part in parts("network")
     if part.module == "lissom.models.dyn_perceiver"
 }
+
+
+def active_of(variant: str) -> Any:
+    """The sub-network that figures of DepS were read from: their own ``active``, beside the module that fills weights
+    or in LISSOM_PARITY; the whole network where there is none."""
+    folders = [Path(os.environ[name]) for name in ("LISSOM_PARITY",) if name in os.environ]
+    filler = getattr(sys.modules.get("parity"), "__file__", None)
+    folders += [Path(filler).parent] if filler else []
+    for folder in folders:
+        path = folder / "deps" / f"{variant}.json"
+        if path.is_file():
+            return json.loads(path.read_text())["active"]
+    return "max"
+
+
+def once_for_all(name: str, variant: str) -> Callable[[State], nn.Module]:
+    """The super-network ``name`` with the published sub-network active."""
+
+    def build(state: State) -> nn.Module:
+        network, active = from_published(name, state), active_of(variant)
+        if active != "max":
+            words = {"ks": "kernel", "e": "expand", "d": "depth", "w": "width"}
+            network.set_active(network.setting(**{words[key]: value for key, value in active.items()}))
+        return network
+
+    return build
+
+
+BUILD |= {
+    f"deps/{variant}": once_for_all(name, variant)
+    for variant, name in (
+        ("ofa_mbv3_w1.0_max", "ofa_mobilenetv3_100"), ("ofa_mbv3_w1.0_min", "ofa_mobilenetv3_100"),
+        ("ofa_mbv3_w1.2_mixed", "ofa_mobilenetv3_120"), ("ofa_resnet50_mid", "ofa_resnet50"),
+        ("ofa_resnet50_mixed", "ofa_resnet50"),
+    )
+}  # fmt: skip

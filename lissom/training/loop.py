@@ -274,6 +274,7 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
         for optimizer, kept in zip(optimizers, run.state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         fabric.strategy.precision.load_state_dict(run.state["precision"])
+        method.load_state(run.state.get("method", {}), model)
         history, step, spent, stopped = (run.state[k] for k in ("history", "step", "seconds", "stopped"))
 
     def save() -> None:
@@ -283,6 +284,7 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "precision": fabric.strategy.precision.state_dict(),
+                "method": method.state(model),
                 "history": history,
                 "step": step,
                 "seconds": spent,
@@ -329,7 +331,7 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
 
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
-                loss = method.loss(module, inputs, targets, task)
+                loss = method.at(share).loss(module, inputs, targets, task)
                 fabric.backward(loss)
                 if job.clip is not None:
                     for optimizer in optimizers:

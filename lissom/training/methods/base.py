@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from lightning_fabric.wrappers import _FabricModule
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lissom.errors import LissomError
 from lissom.registry import load_part
 from lissom.tasks.task import Task
 
-__all__ = ["Method", "answers_of", "method_of"]
+__all__ = ["Method", "answers_of", "method_of", "unwrapped"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,24 @@ class Method:
     def parameters(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Which of the model's parameters this method trains: all of them."""
         return model.parameters()
+
+    def at(self, share: float) -> Self:
+        """This method as it is at ``share`` (0 to 1) of the training: itself where nothing changes with time."""
+        return self
+
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """What it remembers from step to step, tensors and numbers, for a checkpoint: nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Go on from what ``state`` returned."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what Fabric and DDP put around it."""
+    while isinstance(model, _FabricModule | DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def answers_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -40,11 +40,12 @@ def block_paths(model: nn.Module) -> tuple[str, ...]:
 
     The longest row of children of one class, mostly an ``nn.ModuleList`` or ``nn.Sequential``, decides which class that
     is; all such rows of that class count, so that a network in stages (layer1.0, layer1.1, layer2.0, ...) gives the
-    blocks of every stage. Classes without modules inside (nn.Linear, nn.LayerNorm) are no blocks.
+    blocks of every stage. Classes without modules inside (nn.Linear, nn.LayerNorm) are no blocks; an nn.Identity
+    stands for a block that was taken out, and is passed over.
     """
     runs: dict[type, list[list[str]]] = {}
     for path, module in model.named_modules():
-        children = list(module.named_children())
+        children = [(name, child) for name, child in module.named_children() if type(child) is not nn.Identity]
         kinds = {type(child) for _, child in children}
         row = isinstance(module, nn.ModuleList | nn.Sequential) or len(children) > 1  # a wrapper of one is no row
         if row and len(kinds) == 1 and all(any(True for _ in child.children()) for _, child in children):

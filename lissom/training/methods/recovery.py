@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from lightning_fabric.wrappers import _FabricModule
 from torch import nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from lissom.errors import LissomError
 from lissom.layers.exits import first_tensor
 from lissom.tasks.task import Task
-from lissom.training.methods.base import Method
+from lissom.training.methods.base import Method, unwrapped
 
 __all__ = ["Afterwards", "Answers", "Phase", "Recovery", "Seen", "Term"]
 
@@ -180,7 +178,7 @@ class Recovery(Method):
         return [p for p in model.parameters() if id(p) in wanted]
 
     def loss(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor | None, task: Task) -> torch.Tensor:
-        inner = _unwrapped(model)  # paths and parameters are the wrapped model's
+        inner = unwrapped(model)  # paths and parameters are the wrapped model's
         if self.original is None:
             reads = [term.reads(inner, inner) for term in self.terms]
             student = _look(model, inputs, [path for pair in reads for paths in pair for path in paths])
@@ -196,16 +194,9 @@ class Recovery(Method):
         return torch.stack(losses).sum()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what Fabric and DDP put around it."""
-    while isinstance(model, _FabricModule | DistributedDataParallel):
-        model = model.module
-    return model
-
-
 def _look(model: nn.Module, inputs: torch.Tensor, paths: Iterable[str]) -> Seen:
     """One forward pass, with the outputs of the named modules."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     features: dict[str, torch.Tensor] = {}
     handles = []
     for path in dict.fromkeys(paths):

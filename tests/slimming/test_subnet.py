@@ -1,0 +1,73 @@
+"""The main job with subnet: a given recipe, a user's tangled CNN through all of it, and an operator that breaks it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lissom.runtime.artifact import Artifact
+from tests.layers.tangled import Tangled
+
+sys.path.insert(0, str(Path(__file__).parent))
+import standin
+
+
+def given(result: Any) -> Any:
+    return next(t for t in result.trials if t.role == "given")
+
+
+@pytest.mark.last
+def test_a_given_recipe(tmp_path: Path) -> None:
+    net = standin.transformer()
+    recipe = "subnet(width=0.5, depth=0.75)"
+    result = standin.run(tmp_path / "r", net=net, recipe=recipe)
+    trial = given(result)
+    assert trial.ok, trial.reason
+    base = result.trials[0].metrics
+    assert trial.metrics.macs < 0.6 * base.macs
+    assert trial.metrics.params < 0.6 * base.params
+    assert any(note.startswith("subnet kept 4 hidden layers narrower") for note in trial.notes)
+    assert list((tmp_path / "r" / "recovery").glob("*.safetensors"))  # it was trained
+    assert Artifact.open(result.folder / trial.artifact).plan["recipe"] == trial.resolved
+    again = standin.run(tmp_path / "r", net=net, recipe=recipe, resume=True)
+    assert again.trials == result.trials
+
+
+@pytest.mark.last
+def test_a_users_network_goes_through_all_of_it(tmp_path: Path) -> None:
+    """Concatenation, depthwise convolution, a module called twice: cut, thinned, quantised, exported."""
+    torch.manual_seed(0)
+    net = Tangled(width=16, classes=4).eval()
+    task = standin.task(net, shape=(3, 16, 16))
+    recipe = "subnet(width=0.6) + low_rank(skip=('head',)) + int8(model_type='plain', linear='matmul', products=8)"
+    trial = given(standin.run(tmp_path / "r", net=net, task=task, recipe=recipe))
+    assert trial.ok, trial.reason
+    assert set(Artifact.open(tmp_path / "r" / trial.artifact).plan["precision"].values()) == {8}
+
+
+class Shuffled(nn.Module):
+    """Its only hidden channels are shuffled by numbers that its forward holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = x.reshape(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+        return self.head(x).mean((2, 3))
+
+
+def test_an_operator_that_breaks_it_is_a_reason_and_the_run_goes_on(tmp_path: Path) -> None:
+    net = Shuffled().eval()
+    result = standin.run(tmp_path / "r", net=net, task=standin.task(net), techniques=("subnet", "int8"), trials=4)
+    alone = next(t for t in result.trials if t.role == "alone" and t.recipe.startswith("subnet"))
+    assert alone.status == "not applicable"
+    assert "nothing of Shuffled can be made elastic" in alone.reason
+    assert any(t.ok for t in result.trials if "int8" in t.recipe)
