@@ -106,13 +106,10 @@ FAMILIES: dict[str, list[Row]] = {
         for kind in ("base", "tvconv")
     ],
     "fit": [Row("fit_encoder", "", (4, 16, 12)), Row("fit_denoiser", "", None), Row("fit_ar", "", None)],
-<<<<<<< HEAD
     "model_scaling": [Row("effnet_b0"), Row("effnet_b0_dWr4"), Row("regnety_800mf_dWr4")],
-=======
     "deps": _squares(
         224, ("ofa_mobilenetv3_100", ""), ("ofa_mobilenetv3_120", ""), ("ofa_proxyless_130", ""), ("ofa_resnet50", "")
     ),
->>>>>>> helper/deps
     "light_cnn": [Row("light_cnn", "", (1, 28, 28)), Row("light_cnn_cifar", "", (3, 32, 32))],
     "convfirst": _squares(224, ("convfirst_t", ""), ("convfirst_s", "")),
     "terminator": [Row("terminator_cifar"), Row("terminator_cifar100"), Row("terminator_16")],

@@ -19,13 +19,8 @@ from tests.parity_adapters import BUILD
 
 ROOT = Path(__file__).parent.parent.parent
 SYSTEMS = (
-<<<<<<< HEAD
     "shvit", "svit", "inceptionnext", "lsnet", "unireplknet", "metamixer", "hornet", "convit", "cvt", "inception_v4",
-    "tvconv", "terminator", "model_scaling", "convfirst", "fit",
-=======
-    "deps", "shvit", "svit", "inceptionnext", "lsnet", "unireplknet", "metamixer", "hornet", "convit", "cvt",
-    "inception_v4", "tvconv", "terminator", "convfirst", "fit",
->>>>>>> helper/deps
+    "tvconv", "terminator", "model_scaling", "deps", "convfirst", "fit",
 )  # fmt: skip
 # One narrow network of every kind: name, arguments, input.
 NARROW: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -61,16 +56,13 @@ NARROW: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     ),
     "convfirst_t": ({}, (2, 3, 37, 45)),
     "light_cnn": ({}, (2, 1, 28, 28)),
-<<<<<<< HEAD
     "effnet_b0": (
         {"depths": (1,) * 7, "widths": (8, 8, 8, 16, 16, 16, 24), "stem": 8, "head": 32}, (2, 3, 67, 91),
     ),
     "regnety_800mf_dWr4": (
         {"depths": (1, 1, 1, 1), "widths": (8, 16, 16, 24), "group_widths": (8, 8, 8, 8)}, (2, 3, 67, 91),
     ),
-=======
     "ofa_mobilenetv3_100": ({"widths": (8, 16), "depths": (1, 2), "neck": 24, "features": 32}, (2, 3, 67, 91)),
->>>>>>> helper/deps
     "fit_encoder": ({}, (2, 4, 16, 12)),
 }  # fmt: skip
 
