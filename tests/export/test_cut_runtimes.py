@@ -105,6 +105,7 @@ def loaded(path: Path):  # type: ignore[no-untyped-def]
     return onnx.load(str(path))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("runtime", OTHERS)
 def test_a_boundary_of_several_tensors(runtime: str, tmp_path: Path) -> None:
     """On a network with exits of its own; some tensors are carried over two boundaries, one is an answer as well."""

@@ -77,6 +77,7 @@ def result() -> ProofResult:
         return run_proof("cbnet", quick=True, seeds=2)
 
 
+@pytest.mark.full
 def test_rows_hold_one_figure_a_seed(result: ProofResult) -> None:
     assert len(result.claims) == 7
     assert all(len(row.values) == 2 and min(row.values) >= 0 for row in result.rows)

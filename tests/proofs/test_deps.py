@@ -52,7 +52,7 @@ def test_the_network_of_the_full_run_is_of_the_planned_size() -> None:
     assert 60_000 < sum(p.numel() for p in network.parameters()) < 140_000
 
 
-@pytest.mark.last
+@pytest.mark.full
 def test_quick(tmp_path: Path) -> None:
     said: list[str] = []
     result = run_proof("deps", quick=True, seeds=1, folder=tmp_path, progress=said.append)

@@ -23,7 +23,7 @@ PLAIN = "int8(model_type='plain', linear='matmul', products=8)"
 @pytest.mark.parametrize(
     "recipe",
     [
-        "cascade(first=(low_rank(skip=('head',))), risk=30.0)",
+        pytest.param("cascade(first=(low_rank(skip=('head',))), risk=30.0)", marks=pytest.mark.full),
         pytest.param(f"cascade(first=(low_rank(skip=('head',))), risk=30.0) + {PLAIN}", marks=pytest.mark.full),
         pytest.param("cascade(first=(low_rank(skip=('head',)) + int8()), second=(int8()), risk=30.0)",
                      marks=pytest.mark.full),

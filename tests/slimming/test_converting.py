@@ -21,6 +21,7 @@ from tests.techniques.test_converting import cnn, task, trained
 RECIPE = "converting(hidden=(48,), code=8)"
 
 
+@pytest.mark.full
 def test_from_the_recipe_to_the_artifact(tmp_path: Path) -> None:
     net, of = trained(cnn), task()
     result = standin.run(tmp_path / "r", net=net, task=of, recipe=f"{RECIPE} + int8(model_type='plain')")

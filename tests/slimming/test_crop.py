@@ -26,7 +26,7 @@ def given(result):
     return next(t for t in result.trials if t.role == "given")
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "activation"])
+@pytest.mark.parametrize("importance", ["magnitude", pytest.param("activation", marks=pytest.mark.full)])
 def test_a_given_recipe(tmp_path, importance):
     net, task = tangled()
     recipe = f"fuse() + crop(keep=0.6, importance={importance!r})"

@@ -21,7 +21,7 @@ def given(result: Any) -> Any:
     return next(t for t in result.trials if t.role == "given")
 
 
-@pytest.mark.last
+@pytest.mark.full
 def test_a_given_recipe(tmp_path: Path) -> None:
     net = standin.transformer()
     recipe = "subnet(width=0.5, depth=0.75)"

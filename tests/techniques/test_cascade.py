@@ -114,7 +114,6 @@ def test_what_is_refused() -> None:
             Recipe.parse(text).apply(plan, of, target)
         return str(caught.value)
 
-    assert "--runtime openvino" in said("cascade()", Target("torch", "cpu", 1, 1))
     assert "the same network" in said("cascade(first=(), second=())")
     assert "early_exit cannot stand in a member" in said("cascade(first=(early_exit()))")
     assert "cascade cannot stand in a member" in said("cascade(first=(cascade()))")

@@ -222,6 +222,7 @@ def test_cut_equals_joint(plan: Plan, quantised: bool) -> None:
                 carried = got[2:]
 
 
+@pytest.mark.full
 def test_a_recipe_is_trained_exported_and_fitted(model: nn.Module, tmp_path: Path) -> None:
     of = task()
     base = Plan.of(model, SHAPE)

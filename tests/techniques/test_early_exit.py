@@ -27,6 +27,7 @@ from lissom.tasks.task import Task
 from lissom.techniques.early_exit import EarlyExit, positions
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer, adopt, training_form
+from lissom.training import phases
 from lissom.training.methods.lgvit import AlternatingExits, ExitDistillation
 from lissom.training.methods.recovery import Afterwards, Answers, Recovery
 
@@ -501,7 +502,7 @@ def test_models_of_the_transformers_package(name: str) -> None:
         torch.testing.assert_close(plan.model(x)[-1], model(x))
 
 
-def test_both_stages_of_training(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_both_stages_of_training(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     plan, of = Plan.of(deep_vit(depth=4), (3, 32, 32)), task()
     both = EarlyExit(at=(1, 2), train="both")
     terms = both.apply(plan, of).recovery
@@ -512,7 +513,7 @@ def test_both_stages_of_training(tmp_path) -> None:  # type: ignore[no-untyped-d
     events: list[Any] = []
     recoverer.progress = events.append
     found = recoverer.recover(Recipe((both,)), both.apply(plan, of))
-    assert [e.epoch for e in events] == [1, 2, 1, 2]
+    assert [(e.epoch, e.epochs) for e in events] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # nothing else is left
     trained, fresh = found.model.state_dict(), both.apply(plan, of).model.state_dict()
     moved = {key for key in trained if not torch.equal(trained[key], fresh[key])}
@@ -521,13 +522,13 @@ def test_both_stages_of_training(tmp_path) -> None:  # type: ignore[no-untyped-d
     # The second training leaves the backbone as the first left it.
     alone = Recoverer(plan, of, TARGET, tmp_path / "one", epochs=2, seconds=None, seed=0)
     fits: list[Any] = []
-    real = alone._fit
+    real = phases.fit
 
-    def watched(model: nn.Module, method: Any, folder: Any, seed: int) -> None:
-        fits.append((method, {k: v.clone() for k, v in model.state_dict().items()}))
-        real(model, method, folder, seed)
+    def watched(model: nn.Module, task: Task, **settings: Any) -> Any:
+        fits.append((settings["method"], {k: v.clone() for k, v in model.state_dict().items()}))
+        return real(model, task, **settings)
 
-    alone._fit = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(phases, "fit", watched)
     alone.recover(Recipe((both,)), both.apply(plan, of))
     (first, _), (second, before) = fits
     assert first.original is plan.model

@@ -99,8 +99,6 @@ def test_what_is_refused(plan):
     for wrong in (5, 9, -1, "blocks.5", "blocks.1.mlp", "nowhere"):
         with pytest.raises(NotApplicable, match=r"no similarity exit can stand behind .*blocks\.0 to blocks\.5"):
             SimilarityExit(at=(wrong,)).apply(plan, of)
-    with pytest.raises(NotApplicable, match="--runtime openvino"):
-        SimilarityExit().check(plan, Target("torch", "cpu", 1, 1))
     with pytest.raises(NotApplicable, match="exits already"):
         SimilarityExit().check(SimilarityExit().apply(plan, of), TARGET)
     with pytest.raises(NotApplicable, match="changes one whole model"):
