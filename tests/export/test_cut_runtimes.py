@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
+from lissom.data.splits import ArraySplit
 from lissom.errors import LissomError, NotApplicable
 from lissom.export.exporting import export_plan, run_stages
 from lissom.export.joint import JointOutputs
@@ -27,6 +29,7 @@ from lissom.tasks.task import Task
 from lissom.techniques.bf16 import Bf16
 from lissom.techniques.early_exit import EarlyExit
 from lissom.techniques.int8 import Int8
+from lissom.techniques.recipe import Recipe
 from tests.export.cutting import differences, joint_and_stages
 from tests.export.test_joint_cut import CASES, FEW, Mean, with_exits
 from tests.models.tiny_perceiver import SHAPE as TINY
@@ -58,6 +61,23 @@ def test_cut_equals_joint(
         with torch.no_grad():
             for own, other in zip(joint.run(x), plan.model(torch.from_numpy(x)), strict=False):
                 np.testing.assert_allclose(own, other.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", OTHERS)
+@pytest.mark.parametrize("recipe", ["similarity_exit(at=(2, 4))", "cascade(first=(low_rank()))"])
+def test_similarity_exits_and_cascades_are_cut_too(runtime: str, recipe: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 6, "num_classes": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    inputs = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    split = ArraySplit("noise", inputs, np.arange(8) % 4)
+    task = Task(split, split, split, (3, 32, 32), tuple("abcd"))
+    plan = Recipe.parse(recipe).apply(Plan.of(model, (3, 32, 32)), task, Target(runtime, threads=1))
+    joint, stages = joint_and_stages(runtime, plan, (3, 32, 32), tmp_path)
+    outputs = JointOutputs.of(plan.decisions)
+    assert len(stages) == len(plan.decisions) + 1 > 1
+    for x in inputs[:3]:
+        assert max(differences(joint, stages, outputs, x[None])) < 1e-6
 
 
 class PlainLayout:
@@ -243,7 +263,7 @@ def tensors(runtime: str, folder: Path, graph: str, shared: bool = True) -> list
     return [hashlib.sha256(a.tobytes()).digest() for a in arrays if a.nbytes >= 1024]
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", [pytest.param("openvino", marks=full), *OTHERS])
 def test_weights_end_in_one_stage_each(runtime: str, tmp_path: Path) -> None:
     plan = with_exits("vit_tiny_patch16_224", 32, ("blocks.0", "blocks.1"), img_size=32, depth=3, embed_dim=48)
     joint_and_stages(runtime, plan, (3, 32, 32), tmp_path)
@@ -313,7 +333,7 @@ def test_weights_are_looked_for_beside_the_graph_only(runtime: str, options: dic
         open_graph(artifact.graphs[1], runtime, options, 1)
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", [pytest.param("openvino", marks=full), *OTHERS])
 def test_a_batch_answers_as_each_alone_and_stages_are_gathered(runtime: str, tmp_path: Path) -> None:
     plan = with_exits("resnet18", 32, ("layer1", "layer3"))
     inputs = np.random.default_rng(1).standard_normal((23, 3, 32, 32)).astype(np.float32)

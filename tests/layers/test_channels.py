@@ -95,8 +95,8 @@ def test_a_users_cnn():
         ("regnetx_002", 64, {"s1.b1.conv1.conv"}),
         ("convnext_atto", 64, {"stages.0.blocks.0.mlp.fc1"}),
         ("resnext26ts", 64, set()),
-        ("repvgg_a0", 32, set()),
-        ("densenet121", 32, {"features.denseblock1.denselayer1.conv1"}),
+        pytest.param("repvgg_a0", 32, set(), marks=pytest.mark.full),
+        pytest.param("densenet121", 32, {"features.denseblock1.denselayer1.conv1"}, marks=pytest.mark.full),
     ],
 )
 def test_networks_of_timm(name, side, inner):

@@ -222,7 +222,7 @@ def test_smaller_without_loss(saved, change, verdict):
     assert smaller_without_loss(saved, change) == verdict
 
 
-@pytest.mark.last
+@pytest.mark.full
 def test_the_quick_proof_runs(tmp_path):
     said: list[str] = []
     result = run_proof("simq_nas", quick=True, seeds=1, folder=tmp_path, progress=said.append)

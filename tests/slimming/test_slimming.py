@@ -256,7 +256,11 @@ def test_every_technique_survives_a_kill(tmp_path, name):
         assert lines(folder) == lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", EVERY)
+# Those with a run of their own in a file beside this one come with make test-full only.
+ELSEWHERE = ("cascade", "converting", "crop", "dynamic_perceiver", "similarity_exit", "subnet")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in ELSEWHERE else n for n in EVERY])
 def test_every_technique_makes_a_model_or_says_why_not(tmp_path, name):
     result = standin.run(tmp_path / "r", net=standin.transformer(), techniques=(name,), trials=3)
     (trial,) = rows(result, "alone")
