@@ -23,6 +23,7 @@ def result() -> ProofResult:
         return run_proof("convfirst", quick=True, seeds=2)
 
 
+@pytest.mark.full
 def test_rows_hold_one_figure_a_repetition(result: ProofResult) -> None:
     rows = {(row.name, row.metric): row for row in result.rows}
     for kind in convfirst.KINDS:
@@ -31,6 +32,7 @@ def test_rows_hold_one_figure_a_repetition(result: ProofResult) -> None:
     assert all(len(row.values) == 2 for row in result.rows)
 
 
+@pytest.mark.full
 def test_intensities_are_the_papers(result: ProofResult) -> None:
     intensity = {row.name.split()[0]: row.cost["op/byte"] for row in result.rows if row.metric == "efficiency"}
     # float32, with weights: k^2 C / b = 144, 2 e C / ((1 + e) b) = 25.6, k^2 g / b = 18, k^2 / b = 2.25
@@ -40,6 +42,7 @@ def test_intensities_are_the_papers(result: ProofResult) -> None:
     assert 2.2 < intensity["depthwise"] < 2.25
 
 
+@pytest.mark.full
 def test_four_claims_with_figures_behind_them(result: ProofResult) -> None:
     assert len(result.claims) == 4
     assert all(claim.evidence for claim in result.claims)

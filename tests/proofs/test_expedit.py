@@ -27,6 +27,7 @@ def result() -> ProofResult:
         return run_proof("expedit", quick=True, seeds=2)
 
 
+@pytest.mark.full
 def test_every_arm_has_a_figure_a_seed(result: ProofResult) -> None:
     assert all(len(row.values) == 2 and np.isfinite(row.values).all() for row in result.rows)
     for metric in ("mIoU", "boundary"):

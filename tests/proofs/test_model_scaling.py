@@ -19,6 +19,7 @@ def result() -> ProofResult:
     return run_proof("model_scaling", quick=True, seeds=2)
 
 
+@pytest.mark.full
 def test_every_network_and_every_count_is_a_row(result: ProofResult) -> None:
     rows = {(row.name, row.metric): row for row in result.rows}
     assert all(len(row.values) == 2 and np.isfinite(row.values).all() for row in result.rows)

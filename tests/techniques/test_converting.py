@@ -263,7 +263,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [3, *(pytest.param(at, marks=pytest.mark.full) for at in (12, 21))])
+@pytest.mark.full
+@pytest.mark.parametrize("at", [3, 12, 21])
 def test_a_killed_recovery_goes_on_as_it_would_have(tmp_path, at) -> None:  # type: ignore[no-untyped-def]
     of, recipe = task(), Recipe((SMALL,))
 
