@@ -471,7 +471,7 @@ def write_page(options: argparse.Namespace) -> None:
         "# Adaptive inference beside smaller networks",
         "",
         "Written by `benchmarks/adaptive.py`; its text says how. CIFAR-10, thresholds and places chosen on the 5,000"
-        " images of `choose`, judged on the 10,000 of `report`; OpenVINO, float32, batch 1,"
+        " images of `choose`, judged on the 5,000 of `report`; OpenVINO, float32, batch 1,"
         f" {cpu_name()}, {options.threads} threads. Speed is the reference's time over the method's, timed in turns in"
         " one run, with its 95 % interval for the first seed; figures in brackets behind others are the smallest and"
         " the largest of the seeds.",
