@@ -36,16 +36,22 @@ def _stage(model: Any, stage: int, outputs: JointOutputs, nodes: Mapping[str, st
         wanted += [graph.output[outputs.score(stage)], *(graph.output[i] for i in outputs.boundary(stage))]
     given = [graph.output[i] for i in outputs.boundary(stage - 1)] if stage else list(graph.input)
     makers = {name: node for node in graph.node for name in node.output if name}
+    # The exporter may let what lies behind read a carried tensor by its older name, in front of an Identity.
+    same = {_origin(value.name, makers): value.name for value in given} if stage else {}
+    known = {value.name for value in given} | set(same) if stage else set()
     names = needed(
         [value.name for value in wanted],
         lambda name: _read(makers[name]) if name in makers else (),
-        {value.name for value in given} if stage else (),
+        known,
         {value.name for value in graph.input},
         stage,
         lambda name: nodes.get(makers[name].name, "") if name in makers else "",
     )
-    made = names - {value.name for value in given}
+    made = names - {value.name for value in given} - known
     part = onnx.GraphProto(name=f"stage{stage}")
+    for origin, name in same.items():
+        if origin != name and origin in names:
+            part.node.append(onnx.helper.make_node("Identity", [name], [origin], name=f"{origin}_again"))
     part.node.extend(node for node in graph.node if made.intersection(node.output))
     part.initializer.extend(tensor for tensor in graph.initializer if tensor.name in names)
     part.sparse_initializer.extend(tensor for tensor in graph.sparse_initializer if tensor.values.name in names)
@@ -59,6 +65,13 @@ def _stage(model: Any, stage: int, outputs: JointOutputs, nodes: Mapping[str, st
     cut.opset_import.extend(model.opset_import)
     cut.functions.extend(model.functions)
     return cut
+
+
+def _origin(name: str, makers: Mapping[str, Any]) -> str:
+    """The first name of a tensor that Identity nodes named anew."""
+    while name in makers and makers[name].op_type == "Identity":
+        name = makers[name].input[0]
+    return name
 
 
 def _hand_over(part: Any, wanted: Sequence[Any]) -> None:
