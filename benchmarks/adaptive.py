@@ -54,6 +54,7 @@ ALLOWED = 0.5  # points of drop at which methods are compared
 DELTA = 0.05
 STATIC = "smaller network"
 REFERENCE = "reference"
+FROZEN = "linear exits"  # a method, of both networks, that leaves the network as it is
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,7 @@ def measure(network: str, options: argparse.Namespace) -> None:
     whole = macs(maker.base)
     for arm in arms():
         refused = (options.work / f"{arm.name}.refused").exists()
-        if arm.network != network or refused or (arm.network == "vit" and arm.timed_as != arm.name):
+        if arm.network != network or refused or arm.timed_as != arm.name:
             continue
         for places, plan in choices(arm, maker, options):
             name = f"{arm.name}|{' '.join(places)}"
@@ -330,7 +331,7 @@ def measure(network: str, options: argparse.Namespace) -> None:
             end = [1 + plan.decisions[-1].heads] if plan.decisions else [macs(plan) / whole]
             names.append(name)
             artifacts.append(artifact)
-            sizes[name] = {"macs": [*cost, *end], "path": str(artifact.path)}
+            sizes[name] = {"macs": [*cost, *end]}
             print(f"{name} exported", flush=True)
     found = meter_for("cpu").measure(artifacts, threads=options.threads, seconds=options.seconds, memory=False)
     table = {
@@ -392,11 +393,7 @@ def points(
     if "report_classes" not in data:
         return []
     base = times[REFERENCE]["ms"][-1]
-    own = {
-        name: row
-        for name, row in times.items()
-        if name.partition("|")[0] == (arm.timed_as if arm.network == "vit" else arm.name)
-    }
+    own = {name: row for name, row in times.items() if name.partition("|")[0] == arm.timed_as}
     every = max((name.partition("|")[2].split() for name in own), key=len)
     # A drop is one from the reference: what training did to the answer at the end counts too.
     right = {s: data[f"{s}_classes"] == data[f"{s}_labels"][:, None] for s in ("choose", "report")}
@@ -442,8 +439,7 @@ def points(
 
 def reference_right(network: str, split: str, options: argparse.Namespace) -> np.ndarray:
     """Which samples the reference answers rightly, bool (N,): the last answer of exits whose network is frozen."""
-    frozen = {"vit": "linear exits", "cnn": "linear exits"}[network]
-    arm = next(a for a in arms() if a.network == network and a.title == frozen)
+    arm = next(a for a in arms() if a.network == network and a.title == FROZEN)
     data = np.load(said_file(options, arm.name, 0))
     return data[f"{split}_classes"][:, -1] == data[f"{split}_labels"]
 
@@ -488,6 +484,8 @@ def write_page(options: argparse.Namespace) -> None:
             seeds = [s for s in range(options.seeds) if seeded(own[0], s)]
             seeds = [s for s in seeds if all(said_file(options, a.name, s).exists() for a in own)]
             per_seed = [[p for a in own for p in points(a, s, times, options, RISKS)] for s in seeds]
+            if not seeds:
+                raise LissomError(f"no seed of {own[0].name} is trained; run the stage train first")
             if not any(per_seed):
                 rows.append((arm, None, (options.work / f"{own[0].name}.refused").read_text()))
                 continue
@@ -498,10 +496,7 @@ def write_page(options: argparse.Namespace) -> None:
     draw(curves, DOCS / "adaptive.svg")
     lines += ["", "![accuracy against measured latency](adaptive.svg)"]
     text = "\n".join(lines) + "\n"
-    page = DOCS / "adaptive.md"
-    # What people wrote below the figures stays.
-    below = page.read_text(encoding="utf-8").partition("\n<!-- by hand -->\n")[2] if page.exists() else ""
-    page.write_text(text + (f"\n<!-- by hand -->\n{below}" if below else ""), encoding="utf-8")
+    (DOCS / "adaptive.md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -561,25 +556,25 @@ def table(
         f"{whole:.2f} % on `report`. Each method where it is fastest with a drop on `choose` of at most {ALLOWED}"
         " points from the reference:",
         "",
-        "| method | speed | drop on report | average MACs | exits of the first seed |",
-        "| --- | --- | --- | --- | --- |",
+        "| method | seeds | speed | drop on report | average MACs | exits of the first seed |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, found, refused in rows:
         if found is None:
-            lines.append(f"| {name} | not applicable: {refused} | | | |")
+            lines.append(f"| {name} | | not applicable: {refused} | | | |")
             continue
         good = [(seed, point) for seed, point in enumerate(found) if point is not None]
         if not good:
-            lines.append(f"| {name} | no point within {ALLOWED} points | | | |")
+            lines.append(f"| {name} | {len(found)} | no point within {ALLOWED} points | | | |")
             continue
         speeds = [best[name, seed]["speedup"] for seed, _ in good]
         low, high = best[name, good[0][0]]["ci"]
         first = good[0][1]
         places = first.name.partition("|")[2].split()
         leaves = ", ".join(f"{100 * s:.0f} % {at}" for s, at in zip(first.shares, [*places, "end"], strict=True))
-        few = f" ({len(good)} of {len(found)} seeds)" if len(good) < len(found) else ""
+        count = f"{len(found)}" if len(good) == len(found) else f"{len(good)} of {len(found)}"
         lines.append(
-            f"| {name}{few} | {spread(speeds, '{:.2f}x')}, CI [{low:.2f}, {high:.2f}] | "
+            f"| {name} | {count} | {spread(speeds, '{:.2f}x')}, CI [{low:.2f}, {high:.2f}] | "
             f"{spread([whole - p.accuracy for _, p in good], '{:.2f}')} | "
             f"{spread([p.macs for _, p in good], '{:.2f}')} | {leaves if places else ''} |"
         )

@@ -83,4 +83,5 @@ def test_verdicts_follow_the_figures() -> None:
     assert good == [SHOWS] * 7
     again, *bad = judged(by="macs", fast=0.5)
     assert bad == [NOT_SHOWN] * 7
-    assert again == counted  # not measured
+    # Not measured: from 1 to 4 times, the stem that does not get deeper keeps d at 0.85 where the paper counts 1.
+    assert again == counted == NOT_SHOWN

@@ -177,7 +177,7 @@ def test_pela_starts_from_trained_weights_only(place, capsys):
         (["--teacher-weights", "x.safetensors"], "no --teacher"),
         (["--method", "distillation", "--teacher", "resnet18"], "random weights"),
         (["--method", "distillation", "--teacher", "dark.py:small"], "normalise"),
-        (["--method", "alchemy"], "distillation, dual_input"),
+        (["--method", "alchemy"], "known: delayed_shrinking, distillation, "),
         (["--data", "nowhere"], "nowhere"),
         (["--precision", "fp8"], "32-true"),
         (["--devices", "many"], "devices"),
