@@ -58,6 +58,22 @@ def joint_and_stages(
     return open_graph(joint, runtime, {}, 1), opened
 
 
+class Compiled:
+    """A graph of OpenVINO's as a back end, compiled under settings of the test's own."""
+
+    gpu = None
+
+    def __init__(self, graph: Any, config: dict[str, Any]) -> None:
+        import openvino as ov
+
+        self.model = ov.Core().compile_model(graph, "CPU", config)
+
+    def run(self, x: np.ndarray | list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
+        found = self.model(x if isinstance(x, list) else [x])
+        answers = [np.array(found[i]) for i in range(len(found))]
+        return answers[0] if len(answers) == 1 else answers
+
+
 def differences(joint: Graph, stages: list[Graph], outputs: JointOutputs, x: np.ndarray) -> list[float]:
     """For every tensor that the stages hand out, its largest difference from the joint graph's, relative to the joint's
     largest number. Each stage runs on what the one before it carried."""

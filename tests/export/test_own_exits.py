@@ -23,7 +23,6 @@ from lissom.export.plan import Plan
 from lissom.layers.exits import OwnExit, attach_own_exits, exits_of, own_exits, remove_exits
 from lissom.meters.costs import total
 from lissom.models.dyn_perceiver import DynPerceiver
-from lissom.runtime.openvino_graph import import_openvino
 from lissom.runtime.predictor import load
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
@@ -33,6 +32,7 @@ from lissom.techniques.low_rank import LowRank
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer
 from lissom.training.methods.multi_exit_kd import OwnExits
+from tests.export.cutting import Compiled, differences
 from tests.models.tiny_perceiver import SHAPE, patterns, tiny, trained
 
 TARGET = Target("openvino", "cpu", 4, 1)
@@ -105,7 +105,6 @@ def test_cut_equals_joint(model: DynPerceiver, plan: Plan, quantised: bool) -> N
     """In float32 with all exits; in int8 with two of them, first with the quantisers computed as written, then by
     OpenVINO's int8 kernels. Those choose number formats by all that reads a tensor, which a cut changes, so that they
     may round otherwise."""
-    ov = import_openvino()
     inputs = patterns(8, 3)[0]
     if quantised:
         plan = EarlyExit(at=(3, 1)).apply(Plan.of(model, SHAPE), task())
@@ -119,19 +118,9 @@ def test_cut_equals_joint(model: DynPerceiver, plan: Plan, quantised: bool) -> N
     for kernels in (False, True) if quantised else (True,):
         config = {**CONFIG, "LP_TRANSFORMS_MODE": kernels}
         tolerance = 0.05 if quantised and kernels else 0.0
-        joint, *stages = (ov.Core().compile_model(g, "CPU", config) for g in (graph, *cut))
+        joint, *stages = (Compiled(g, config) for g in (graph, *cut))
         for x in (inputs[:4], inputs[4:]):
-            found = joint([x])
-            want = [np.array(found[i]) for i in range(outputs.count)]
-            carried = [x]
-            for number, stage in enumerate(stages):
-                result = stage(carried)
-                got = [np.array(result[i]) for i in range(len(result))]
-                last = number == outputs.exits
-                places = (outputs.answer(number), *(() if last else (outputs.score(number), *outputs.boundary(number))))
-                for tensor, place in zip(got, places, strict=True):
-                    assert np.abs(tensor - want[place]).max() <= tolerance * np.abs(want[place]).max()
-                carried = got[2:]
+            assert max(differences(joint, stages, outputs, x)) <= tolerance
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from lissom.layers.exits import exits_of, own_exits, remove_exits
 from lissom.layers.latent_branch import latent_branch_of, remove_latent_branch
 from lissom.meters.costs import total
 from lissom.models.dyn_perceiver import DynPerceiver
-from lissom.runtime.openvino_graph import import_openvino
 from lissom.runtime.predictor import load
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
@@ -37,6 +36,7 @@ from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer, training_form
 from lissom.training.methods.multi_exit_kd import OwnExits, kd_term
 from lissom.training.methods.recovery import Seen
+from tests.export.cutting import Compiled, differences
 from tests.models.tiny_perceiver import SHAPE, block, patterns, tiny
 
 TARGET = Target("openvino", "cpu", 4, 1)
@@ -196,7 +196,6 @@ def test_the_branch_computes_what_the_ready_network_does(plan: Plan) -> None:
 
 @pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_cut_equals_joint(plan: Plan, quantised: bool) -> None:
-    ov = import_openvino()
     inputs = patterns(8, 3)[0]
     if quantised:
         plan = Int8(model_type="plain", linear="matmul", products=8).apply(plan, None)  # type: ignore[arg-type]
@@ -207,19 +206,9 @@ def test_cut_equals_joint(plan: Plan, quantised: bool) -> None:
     for kernels in (False, True) if quantised else (True,):
         config = {**CONFIG, "LP_TRANSFORMS_MODE": kernels}
         tolerance = 0.05 if quantised and kernels else 0.0  # int8 kernels round by all that reads a tensor
-        joint, *stages = (ov.Core().compile_model(g, "CPU", config) for g in (graph, *cut))
+        joint, *stages = (Compiled(g, config) for g in (graph, *cut))
         for x in (inputs[:4], inputs[4:]):
-            found = joint([x])
-            want = [np.array(found[i]) for i in range(outputs.count)]
-            carried = [x]
-            for number, stage in enumerate(stages):
-                result = stage(carried)
-                got = [np.array(result[i]) for i in range(len(result))]
-                last = number == outputs.exits
-                places = (outputs.answer(number), *(() if last else (outputs.score(number), *outputs.boundary(number))))
-                for tensor, place in zip(got, places, strict=True):
-                    assert np.abs(tensor - want[place]).max() <= tolerance * np.abs(want[place]).max()
-                carried = got[2:]
+            assert max(differences(joint, stages, outputs, x)) <= tolerance
 
 
 @pytest.mark.full
