@@ -256,8 +256,8 @@ def test_every_technique_survives_a_kill(tmp_path, name):
         assert lines(folder) == lines(tmp_path / "whole")
 
 
-# Those with a run of their own in a file beside this one come with make test-full only.
-ELSEWHERE = ("cascade", "converting", "crop", "dynamic_perceiver", "similarity_exit", "subnet")
+# Those that a test in a file beside this one takes through the main job in make test come here in make test-full only.
+ELSEWHERE = ("crop", "subnet")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in ELSEWHERE else n for n in EVERY])
