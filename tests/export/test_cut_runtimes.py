@@ -64,7 +64,9 @@ def test_cut_equals_joint(
 
 
 @pytest.mark.parametrize("runtime", OTHERS)
-@pytest.mark.parametrize("recipe", ["similarity_exit(at=(2, 4))", "cascade(first=(low_rank()))"])
+@pytest.mark.parametrize(
+    "recipe", ["similarity_exit(at=(2, 4))", pytest.param("cascade(first=(low_rank()))", marks=pytest.mark.full)]
+)
 def test_similarity_exits_and_cascades_are_cut_too(runtime: str, recipe: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 6, "num_classes": 4}

@@ -162,6 +162,7 @@ def test_thresholds_are_fitted_on_the_artifacts_own_scores(plan: Plan, staged: P
     assert predictor.place(0) == "left at exit 1 of 3, after heads.early"
 
 
+@pytest.mark.full
 def test_alone_it_trains_nothing_and_beside_a_training_the_exits_learn(model: DynPerceiver, tmp_path: Path) -> None:
     base, of = Plan.of(model, SHAPE), task()
     recoverer = Recoverer(base, of, TARGET, tmp_path, epochs=1, seconds=None, seed=0)

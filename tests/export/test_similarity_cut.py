@@ -60,7 +60,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 INT8 = [Int8(model_type=m, linear=form, products=8) for m, form in (("plain", "matmul"), ("transformer", "conv"))]
-CASES = [pytest.param(name, None, id=name) for name in RECIPES] + [
+CASES = [pytest.param(name, None, id=name, marks=[pytest.mark.full] * n) for n, name in enumerate(RECIPES)] + [
     pytest.param(name, number, id=f"{name}, int8 {number}", marks=pytest.mark.full)
     for name in RECIPES
     for number in range(len(INT8))

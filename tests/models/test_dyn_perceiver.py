@@ -237,6 +237,7 @@ def test_features() -> None:
     assert [m.shape for m in maps] == [(1, 48, 16, 16), (1, 104, 8, 8)]
 
 
+@pytest.mark.full
 def test_export_and_fusion_keep_the_merged_answer() -> None:
     model = settle(tiny(), images(8, *SHAPE))
     check_export(model, images(1, *SHAPE))

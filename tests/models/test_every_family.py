@@ -109,11 +109,6 @@ def systems(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_table_of_the_pages_is_what_is_counted() -> None:
-    done = systems("light_cnn")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.full
 def test_the_tables_of_the_pages_are_what_is_counted() -> None:
     done = systems()

@@ -120,6 +120,7 @@ def test_refusals() -> None:
             small("ffnet_series", **{**NARROW, **wrong})
 
 
+@pytest.mark.full
 @needs_data
 def test_real_temperatures_are_forecast() -> None:
     """A hundred steps on half a year, a network much smaller than the published one: better than keeping the last

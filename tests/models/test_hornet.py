@@ -91,6 +91,7 @@ def test_filters_are_resized_for_larger_images() -> None:
     torch.testing.assert_close(wide.state_dict()[key][:, ::6, ::3], corners)
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_smaller_images_loads_into_the_network_for_larger_ones() -> None:
     published = create_model("hornet_base_gf", num_classes=3).state_dict()
     loaded = from_published("hornet_base_gf_img384", published).state_dict()

@@ -100,7 +100,7 @@ def test_features() -> None:
     assert torch.equal(last, maps[-1])
 
 
-@pytest.mark.parametrize("name", ["ffnet_1", "ffnet_3"])
+@pytest.mark.parametrize("name", ["ffnet_1", pytest.param("ffnet_3", marks=pytest.mark.full)])
 def test_the_fused_form(name: str) -> None:
     model = small(name, **NARROW, num_classes=5, **({"ls_init_value": 1.0} if name == "ffnet_3" else {}))
     x = images(4, 3, 45, 38)

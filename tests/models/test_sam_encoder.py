@@ -118,6 +118,7 @@ def test_with_a_classifier_and_gradient_checkpointing(images: torch.Tensor) -> N
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.full
 def test_the_exported_graph(images: torch.Tensor, tmp_path: Path) -> None:
     model = tiny(hourglass_location=0, hourglass_clusters=4, depth=1, global_attn_indexes=(0,))
     artifact = export_plan(

@@ -120,6 +120,7 @@ def test_export_of_the_merged_form() -> None:
     check_export(small(NAME, **sizes, num_classes=5, deploy=True), images(1, 3, 25, 30))
 
 
+@pytest.mark.full
 def test_export() -> None:
     x = images(1, 3, 45, 38)
     model = small(NAME, **NARROW, num_classes=5, ls_init_value=1.0)

@@ -123,6 +123,7 @@ def energies(sounds: Sounds, rows: np.ndarray) -> torch.Tensor:
     return audio_to_image(torch.from_numpy(sounds.padded(rows, 3960)), 48, (-7.0, 4.0), sounds.rate, 40)
 
 
+@pytest.mark.full
 @needs_data
 def test_real_temperatures_are_forecast() -> None:
     """Eighty steps: better than keeping the last value, or the mean, of what was seen."""

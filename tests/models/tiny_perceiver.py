@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,12 @@ def patterns(count: int, seed: int, noise: float = 0.7) -> tuple[np.ndarray, np.
 
 
 def trained(steps: int = 60) -> DynPerceiver:
-    """The tiny one, trained until its exits are mostly right."""
+    """The tiny one, trained until its exits are mostly right; each caller gets one of its own."""
+    return copy.deepcopy(_trained(steps))
+
+
+@functools.cache
+def _trained(steps: int) -> DynPerceiver:
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
     task = Task(None, None)  # type: ignore[arg-type]

@@ -46,6 +46,7 @@ def test_the_network_runs_on_its_images_and_costs_what_is_counted() -> None:
     assert found.macs == macs
 
 
+@pytest.mark.full
 def test_factors_are_matched_by_what_is_counted() -> None:
     base = proof._cost(proof.TIMED).macs
     for kind in proof.TYPES:

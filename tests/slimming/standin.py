@@ -10,11 +10,13 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
 
+from lissom import slimming
 from lissom.data.splits import ArraySplit
 from lissom.meters.measurement import Measurement
 from lissom.tasks.task import Task
@@ -89,16 +91,18 @@ def task(model, labelled=True, shape=SHAPE):
 
 
 def run(folder, **options):
-    """One run of ``slim`` with the stand-in; the profile, which would measure this machine, is left out."""
-    import lissom.slimming as slimming
-
-    slimming._Job.profiles = lambda self, base, winner: None
+    """One run of ``slim`` with the stand-in; the profile, which would measure this machine, is left out, and so, unless
+    ``peers``, is PyTorch beside it, whose exports take longer than the trials."""
+    left_out = {"profiles": lambda self, base, winner: None}
+    if not options.pop("peers", False):
+        left_out["peers"] = lambda self: []
     net = options.pop("net", None) or model()
     options.setdefault("trials", 7)
     options.setdefault("techniques", ("fuse", "bf16", "int8"))  # those that train have runs of their own
     options.setdefault("meter", StandIn())
     options["task"] = options.get("task") or task(net)
-    return slimming.slim(net, out=folder, threads=1, budget="latency<=0.7x, drop<=5", **options)
+    with patch.multiple(slimming._Job, **left_out):
+        return slimming.slim(net, out=folder, threads=1, budget="latency<=0.7x, drop<=5", **options)
 
 
 def main():

@@ -45,6 +45,7 @@ def test_a_given_recipe(tmp_path, importance):
     assert again.trials == result.trials
 
 
+@pytest.mark.full
 def test_a_users_network_goes_through_all_of_it(tmp_path):
     """Concatenation, depthwise convolution, a module called twice: cropped, thinned, quantised, exported."""
     net, task = tangled()
@@ -81,6 +82,7 @@ def test_an_operator_that_breaks_it_is_a_reason_and_the_run_goes_on(tmp_path):
     assert any(t.ok and "int8" in t.recipe for t in result.trials)
 
 
+@pytest.mark.full
 def test_without_anything_to_train_on_it_says_so(tmp_path):
     net, task = tangled()
     x = np.zeros((0, 3, 16, 16), np.float32)

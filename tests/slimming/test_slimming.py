@@ -58,6 +58,7 @@ def result(tmp_path_factory):
         techniques=("fuse", "int8", "slowpoke", "faulty", "bf16"),
         trials=10,
         meter=meter,
+        peers=True,
     )
 
 

@@ -248,6 +248,7 @@ def test_one_recovery_trains_head_autoencoder_and_light_network(tmp_path, labell
     assert float(exit_entropy(easy).mean()) < float(exit_entropy(raw).mean())
 
 
+@pytest.mark.full
 def test_without_fine_tuning_the_light_network_is_the_exit(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model, of = trained(lenet), task()
     technique = replace(SMALL, finetune=0)
@@ -290,6 +291,7 @@ def test_a_technique_that_trains_all_at_once_cannot_join(tmp_path) -> None:  # t
         maker._phases(plan.with_recovery(Answers()))
 
 
+@pytest.mark.full
 def test_the_range_of_tensors_is_that_of_the_training_data(tmp_path) -> None:  # type: ignore[no-untyped-def]
     of = replace(task(), preprocessing=None)
     maker = recoverer(trained(lenet), of, tmp_path)
@@ -336,6 +338,7 @@ def test_it_exports_as_one_graph(tmp_path, runtime) -> None:  # type: ignore[no-
     np.testing.assert_allclose(run_artifact(Artifact.open(artifact.path), x, 1), want, atol=1e-4)
 
 
+@pytest.mark.full
 def test_int8_behind_it_keeps_what_it_is_to_keep(tmp_path) -> None:  # type: ignore[no-untyped-def]
     import openvino as ov
 

@@ -116,7 +116,7 @@ def test_streams_stay_where_the_blocks_suffice(resnet):
     assert kept < wider
 
 
-@pytest.mark.parametrize("densities", ["closed_form", "synflow", "erk"])
+@pytest.mark.parametrize("densities", ["closed_form", pytest.param("synflow", marks=pytest.mark.full), "erk"])
 def test_precrops_densities_and_new_weights(densities):
     torch.manual_seed(0)
     layers: list[nn.Module] = []

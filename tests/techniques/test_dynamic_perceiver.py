@@ -275,7 +275,9 @@ def test_the_loss_is_the_papers() -> None:
         OwnExits(taught_by="nobody")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(n, marks=pytest.mark.full) for n in ("mobilenetv3_small_100", "convnext_atto"))]
+)
 def test_on_networks_of_timm(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()

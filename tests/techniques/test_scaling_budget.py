@@ -47,6 +47,7 @@ def test_the_budget_is_used_and_kept(by: str) -> None:
     assert device.asked[-1] == 2
 
 
+@pytest.mark.full
 def test_the_measured_time_decides() -> None:
     """A device that slows down once it has been asked: predictions are too low, and nothing is said to fit."""
     device = Device()
