@@ -17,6 +17,8 @@ from lissom.tasks.task import Task
 
 __all__ = ["STAGES", "Choices", "Probe", "Subset", "Technique"]
 
+_ALWAYS = 0.25  # share of the draws of Choices
+
 STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision", "memory")
 
 
@@ -38,11 +40,13 @@ class Choices:
     """A knob's space: of each named item one of a few values; ``items`` holds (name, values), the default first.
 
     A recipe writes such a knob as a tuple of (name, value), in the order of the items, for those that are not at their
-    default; so () leaves everything as it is. Raises LissomError for an item that stands twice, has no value, or has
-    one twice.
+    default; so () leaves everything as it is. ``always`` holds such tuples that are tried wherever only some can be:
+    settings that give all items of a kind alike, say. Raises LissomError for an item that stands twice, has no value,
+    or has one twice.
     """
 
     items: tuple[tuple[str, tuple[Any, ...]], ...]
+    always: tuple[tuple[tuple[str, Any], ...], ...] = ()
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.items]
@@ -53,7 +57,10 @@ class Choices:
                 )
 
     def draw(self, rng: random.Random) -> tuple[tuple[str, Any], ...]:
-        """A random choice: of 1 to all items, their number drawn evenly, each with another value than its default."""
+        """A random choice: one time in four one of ``always``; else of 1 to all items, their number drawn evenly, each
+        with another value than its default."""
+        if self.always and rng.random() < _ALWAYS:
+            return rng.choice(self.always)
         free = [(name, values[1:]) for name, values in self.items if len(values) > 1]
         if not free:
             return ()
@@ -104,6 +111,20 @@ class Technique:
     def variants(self, plan: Plan, target: Target) -> tuple[Self, ...]:
         """The settings an undecided knob (None) stands for; all are measured and the winner is kept."""
         return (self,)
+
+    @classmethod
+    def opening(cls, plan: Plan, target: Target) -> Self:
+        """The setting that a search tries first, alone and with others: the defaults."""
+        return cls()
+
+    def as_searched(self, plan: Plan) -> Self:
+        """The same setting with its knobs written as ``space`` writes them, where they can be written in two ways."""
+        return self
+
+    def left_out(self, plan: Plan) -> tuple[str, ...]:
+        """Paths of the modules of ``plan`` that this technique leaves out: what a knob says of them, or of anything
+        inside them, says nothing."""
+        return ()
 
     def settle(self, plan: Plan, task: Task, probe: Probe) -> Self:
         """This technique with what the device decides written into its knobs: which layers gain from it. Called once
