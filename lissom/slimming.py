@@ -45,8 +45,7 @@ from lissom.runtime.backends import Stages, inspect
 from lissom.runtime.target import RUNTIMES, Target, default_threads
 from lissom.search.budget import Budget, check_direction
 from lissom.search.choosing import cost, pareto, rank
-from lissom.search.linas import SEARCHES
-from lissom.search.proposals import batch_size, propose
+from lissom.search.proposals import SEARCHES, batch_size, propose
 from lissom.search.runs import Run
 from lissom.search.trials import Metrics, Trial
 from lissom.tasks.of_data import task_of
@@ -151,7 +150,8 @@ def slim(
 
     ``budget`` as in lissom.search.budget (default: one point of drop). ``techniques`` limits the search to some,
     ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search, which is
-    "linas" (predictors decide what is worth measuring), "nsga2" or "random". ``train`` epochs of training come first
+    "linas" (predictors decide what is worth measuring), "joint" (the same, with every size of a sub-network and every
+    layer's precision searched by itself), "nsga2" or "random". ``train`` epochs of training come first
     where the model arrives untrained. ``recover`` (minutes) bounds each training that a recipe needs, else five
     epochs or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a weight file, or
     ``pretrained`` for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one.

@@ -17,7 +17,7 @@ def slim(
     techniques: str = typer.Option(None, help="Techniques to search, comma-separated. Default: all."),
     recipe: str = typer.Option(None, help="Apply this one recipe (its text, or a JSON file) without a search."),
     trials: int = typer.Option(None, min=1, help="Trials at most. Default: 12 (8 without arguments)."),
-    search: str = typer.Option("linas", help="linas, nsga2 or random."),
+    search: str = typer.Option("linas", help="linas, joint (sizes and precision layer by layer), nsga2 or random."),
     time: float = typer.Option(None, min=0.1, help="Minutes at most, roughly."),
     runtime: str = typer.Option("openvino", help="openvino, onnxruntime or torch."),
     device: str = typer.Option("cpu", help="cpu, or ssh://HOST."),

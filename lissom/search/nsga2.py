@@ -116,13 +116,16 @@ def breed(
 def draw(
     space: Space, count: int, generator: np.random.Generator, seen: set[Hashable], key: Key | None = None
 ) -> np.ndarray:
-    """At most ``count`` random vectors whose keys are not in ``seen``, which grows by them."""
+    """At most ``count`` random vectors whose keys are not in ``seen``, which grows by them; every entry drawn evenly,
+    unless the space has a ``draw(count, generator)`` of its own."""
+    own = getattr(space, "draw", None)
     found = [np.empty((0, len(space.sizes)), np.int64)]
     left = count
     for _ in range(_DRAWS):
         if left <= 0:
             break
-        found.append(new(generator.integers(0, space.sizes, (count, len(space.sizes))), seen, key, left))
+        drawn = own(count, generator) if own else generator.integers(0, space.sizes, (count, len(space.sizes)))
+        found.append(new(drawn, seen, key, left))
         left -= len(found[-1])
     return np.concatenate(found)
 

@@ -2,8 +2,9 @@
 
 First the baseline, plain int8, each technique alone at its default, and their composition. Then LINAS over the space of
 recipes (SimQ-NAS, arXiv 2312.13301; see lissom/search/linas.py and recipes.py): batch by batch, what the predictors
-fitted on all earlier trials take for the best recipes that were not tried. For comparison NSGA-II without predictors,
-or random recipes whose knobs are drawn from the techniques' own spaces.
+fitted on all earlier trials take for the best recipes that were not tried. "joint" is LINAS over the fine form of that
+space, in which every size of a sub-network and the precision of every layer is an entry of its own. For comparison
+NSGA-II without predictors, or random recipes whose knobs are drawn from the techniques' own spaces.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from lissom.export.plan import Plan
 from lissom.registry import load_part
 from lissom.runtime.target import Target
 from lissom.search.choosing import cost
-from lissom.search.linas import SEARCHES, Record, next_batch
+from lissom.search.linas import SEARCHES as LOOPS
+from lissom.search.linas import Record, next_batch
 from lissom.search.recipes import RecipeSpace, agreeing
 from lissom.search.trials import Metrics, Trial
-from lissom.techniques.base import Subset, Technique
+from lissom.techniques.base import Choices, Subset, Technique
 from lissom.techniques.recipe import Recipe
 
-__all__ = ["Proposal", "batch_size", "propose"]
+__all__ = ["SEARCHES", "Proposal", "batch_size", "propose"]
 
+SEARCHES = (*LOOPS, "joint")
 INNER = 2_000  # evaluations of the predictors for a batch: some tenths of a second, beside trials of many
 _TRIES = 60  # draws before the space counts as exhausted
 _REUSE = 0.75  # share of knobs taken from the best trial so far rather than drawn: most settle once for a device
@@ -54,8 +57,8 @@ def propose(
 ) -> Proposal | None:
     """The next (role, recipe), or None where nothing new is left.
 
-    The roles are "baseline", "plain int8", "alone" and "together", then that of ``search``: "linas", "nsga2" or
-    "random". ``population`` is the size of a batch (``batch_size``). Objectives are the error (1 - quality / 100) and
+    The roles are "baseline", "plain int8", "alone" and "together", then that of ``search``: "linas", "nsga2", "random"
+    or "joint". ``population`` is the size of a batch (``batch_size``). Objectives are the error (1 - quality / 100) and
     each of ``quantities`` (as budgets name them) relative to ``baseline`` (default: the baseline's trial). ``best`` is
     a function of ``trials``; random recipes take most knobs from it, and the other searches ignore it.
 
@@ -73,21 +76,22 @@ def propose(
         return "baseline", Recipe()
     if "plain int8" not in roles:
         return "plain int8", Recipe((load_part("technique", "int8").plain(),))
+    openings = {kind: kind.opening(plan, target) for kind in kinds}
     tried = {t.recipe for t in trials} | {t.resolved for t in trials if t.ok and t.role != "plain int8"}
     for kind in kinds:
-        recipe = Recipe((kind(),))
+        recipe = Recipe((openings[kind],))
         if str(recipe) not in tried:
             return "alone", recipe
     alone = {t.recipe: t for t in trials if t.role == "alone"}
-    fitting = [kind for kind in kinds if alone[str(Recipe((kind(),)))].status != "not applicable"]
-    together = Recipe(tuple(kind() for kind in agreeing(fitting)))
+    fitting = [kind for kind in kinds if alone[str(openings[kind])].status != "not applicable"]
+    together = Recipe(tuple(openings[kind] for kind in agreeing(fitting)))
     if len(together) > 1 and str(together) not in tried:
         return "together", together
-    working = [kind for kind in fitting if alone[str(Recipe((kind(),)))].ok]
+    working = [kind for kind in fitting if alone[str(openings[kind])].ok]
     if search == "random":
         return _drawn(random.Random(f"{seed}:{len(trials)}"), working, plan, target, best, tried)
     base = baseline or next(t.metrics for t in trials if t.role == "baseline")
-    space = RecipeSpace([kind.name for kind in working], plan, target, seed)
+    space = RecipeSpace([kind.name for kind in working], plan, target, seed, fine=search == "joint")
     return _searched(seed, trials, space, search, population, quantities, base, tried)
 
 
@@ -110,7 +114,7 @@ def _searched(
         space,
         [*before, *own],
         ("error", *quantities),
-        search=search,
+        search="linas" if search == "joint" else search,
         population=population,
         inner=INNER,
         seed=seed,
@@ -166,7 +170,7 @@ def _draw(
     for kind in chosen:
         knobs: dict[str, Any] = {}
         for knob, values in kind.space(plan, target).items():
-            if isinstance(values, Subset):
+            if isinstance(values, Subset | Choices):
                 knobs[knob] = values.draw(rng)
             elif kind.name in known and rng.random() < _REUSE:
                 knobs[knob] = getattr(known[kind.name], knob)

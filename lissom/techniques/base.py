@@ -10,11 +10,14 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from lissom.errors import LissomError
 from lissom.export.plan import Plan
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 
-__all__ = ["STAGES", "Probe", "Subset", "Technique"]
+__all__ = ["STAGES", "Choices", "Probe", "Subset", "Technique"]
+
+_ALWAYS = 0.25  # share of the draws of Choices
 
 STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision", "memory")
 
@@ -30,6 +33,51 @@ class Subset:
         most = max(1, len(self.items) // 3)
         count = min(len(self.items), 1 + int(most * rng.random() ** 2))
         return tuple(sorted(rng.sample(self.items, count), key=self.items.index))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A knob's space: of each named item one of a few values; ``items`` holds (name, values), the default first.
+
+    A recipe writes such a knob as a tuple of (name, value), in the order of the items, for those that are not at their
+    default; so () leaves everything as it is. ``always`` holds such tuples that are tried wherever only some can be:
+    settings that give all items of a kind alike, say. Raises LissomError for an item that stands twice, has no value,
+    or has one twice.
+    """
+
+    items: tuple[tuple[str, tuple[Any, ...]], ...]
+    always: tuple[tuple[tuple[str, Any], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.items]
+        for name, values in self.items:
+            if names.count(name) > 1 or not values or any(value in values[:i] for i, value in enumerate(values)):
+                raise LissomError(
+                    f"{name!r} stands twice among the items of a knob, or its values are none or repeated"
+                )
+
+    def draw(self, rng: random.Random) -> tuple[tuple[str, Any], ...]:
+        """A random choice: one time in four one of ``always``; else of 1 to all items, their number drawn evenly, each
+        with another value than its default."""
+        if self.always and rng.random() < _ALWAYS:
+            return rng.choice(self.always)
+        free = [(name, values[1:]) for name, values in self.items if len(values) > 1]
+        if not free:
+            return ()
+        moved = set(rng.sample(range(len(free)), rng.randint(1, len(free))))
+        return tuple((name, rng.choice(values)) for i, (name, values) in enumerate(free) if i in moved)
+
+    @staticmethod
+    def check(knob: str, value: Any) -> None:
+        """For constructors: raise ValueError where ``value`` is not written as a choice among items is."""
+        pairs = isinstance(value, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value
+        )
+        if not pairs:
+            raise ValueError(f"{knob} is a tuple of (name, value), as in {knob}=(('blocks.0', 0.5),), not {value!r}")
+        names = [name for name, _ in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{knob} names {twice[0]!r} twice")
 
 
 # Of each (module, replacement, shape of an input without the batch): the module's time over the replacement's.
@@ -56,13 +104,27 @@ class Technique:
         raise NotImplementedError
 
     @classmethod
-    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset]:
+    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset | Choices]:
         """Knob name -> values worth searching on this plan. Empty: only the default."""
         return {}
 
     def variants(self, plan: Plan, target: Target) -> tuple[Self, ...]:
         """The settings an undecided knob (None) stands for; all are measured and the winner is kept."""
         return (self,)
+
+    @classmethod
+    def opening(cls, plan: Plan, target: Target) -> Self:
+        """The setting that a search tries first, alone and with others: the defaults."""
+        return cls()
+
+    def as_searched(self, plan: Plan) -> Self:
+        """The same setting with its knobs written as ``space`` writes them, where they can be written in two ways."""
+        return self
+
+    def left_out(self, plan: Plan) -> tuple[str, ...]:
+        """Paths of the modules of ``plan`` that this technique leaves out: what a knob says of them, or of anything
+        inside them, says nothing."""
+        return ()
 
     def settle(self, plan: Plan, task: Task, probe: Probe) -> Self:
         """This technique with what the device decides written into its knobs: which layers gain from it. Called once

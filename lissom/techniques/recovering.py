@@ -7,7 +7,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +23,12 @@ from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES
 from lissom.techniques.cascade import Cascade
 from lissom.techniques.recipe import Recipe
-from lissom.training.loop import FitEvent
+from lissom.techniques.subnet import Subnet
+from lissom.training.loop import FitEvent, fit
 from lissom.training.methods.recovery import Afterwards, Answers, Phase
+from lissom.training.methods.shared_recovery import SharedRecovery
 from lissom.training.phases import fit_phases
+from lissom.training.recalibration import recalibrate
 
 __all__ = ["Recoverer"]
 
@@ -69,19 +74,80 @@ class Recoverer:
             return plan
         if self.task.fit is None or len(self.task.fit) == 0:
             raise NotApplicable("this recipe needs a training, and the data have nothing to train on: give a train/")
+        shared = next((t for t in recipe.techniques if isinstance(t, Subnet) and t.shared), None)
+        if shared is not None:
+            return self._taken_out(recipe, shared)
         form = training_form(recipe)
         trained = form.apply(self.plan, self.task, self.target)
         own, given = exits_of(plan.model), exits_of(trained.model)
         if own is not None and given is not None and not set(own.positions) <= set(given.positions):
             form = training_form(recipe, tuple(p for p in own.positions if p not in given.positions))
             trained = form.apply(self.plan, self.task, self.target)
-        name = hashlib.sha256(f"{self.seed} {form} {self.task.name}".encode()).hexdigest()[:16]
+        name = self._name(form)
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             trained.model.load_state_dict(load_file(path))
         else:
             self._train(trained, path, self.folder / name, int(name[:7], 16))
         return plan.with_model(adopt(plan.model, trained.model))
+
+    def _name(self, form: Recipe) -> str:
+        return hashlib.sha256(f"{self.seed} {form} {self.task.name}".encode()).hexdigest()[:16]
+
+    def _taken_out(self, recipe: Recipe, subnet: Subnet) -> Plan:
+        """The recipe on its sub-network of the trained super-network, which has BatchNorm statistics of its own.
+
+        To what follows in the recipe that sub-network is the original: exits learn from it, and what changes its
+        structure is trained with it as the teacher, in a folder of its own. ``fuse`` comes then too, since statistics
+        that are folded cannot be taken anew.
+        """
+        place = next(i for i, t in enumerate(recipe.techniques) if t is subnet)
+        front = [t for t in recipe.techniques[:place] if t.stage != "fuse"]
+        rest = Recipe(tuple(t for t in recipe.techniques if t is not subnet and not any(t is f for f in front)))
+        start = self.plan
+        for technique in front:
+            start = technique.apply(start, self.task)
+        form = Recipe((*(t.training_form() or t for t in front), subnet.training_form()))
+        network = subnet.super_network(start, self.task)
+        self._train_super_network(network, form)
+        own = replace(subnet.taken(start, network, self.task), recovery=())
+        assert self.task.fit is not None
+        recalibrate(own.model, self.task.fit)
+        plan = own
+        for technique in rest.techniques:
+            plan = technique.apply(plan, self.task)
+        if not plan.recovery:
+            return plan
+        other = copy.copy(self)
+        other.plan = own
+        key = f"{self._name(form)} {subnet.as_searched(start)}"
+        other.folder = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        return other.recover(rest, plan)
+
+    def _train_super_network(self, network: Any, form: Recipe) -> None:
+        """Give the super-network its trained weights: from the folder, where they lie there already."""
+        name = self._name(form)
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            network.load_state_dict(load_file(path))
+            return
+        fit(
+            network,
+            self.task,
+            method=SharedRecovery(original=self.plan.model),
+            epochs=self.epochs,
+            max_steps=self.steps,
+            time_limit=self.seconds,
+            batch=BATCH,
+            lr=LEARNING_RATE,
+            seed=int(name[:7], 16),
+            folder=self.folder / name,
+            resume=True,
+            progress=self.progress,
+            threads=self.threads,
+            precision="auto",
+        )
+        _keep(network, path, self.folder / name)
 
     def _members(self, recipe: Recipe, cascade: Cascade, plan: Plan) -> Plan:
         """Each member as its own recipe is trained, once for all recipes that have it; then their temperatures."""
@@ -121,10 +187,7 @@ class Recoverer:
             threads=self.threads,
             precision="auto",
         )
-        fresh = path.with_name(f".{path.name}")
-        save_file({k: v.contiguous().clone() for k, v in plan.model.state_dict().items()}, fresh)
-        os.replace(fresh, path)
-        shutil.rmtree(folder, ignore_errors=True)
+        _keep(plan.model, path, folder)
 
     def _phases(self, plan: Plan) -> list[Phase]:
         """What the plan asks for, as trainings that follow each other."""
@@ -150,6 +213,14 @@ class Recoverer:
             alone = not rest and other and _same_backbone(model, self.plan.model)
             phases.append(Phase(tuple(terms), heads=alone))
         return [*phases, Phase(later, heads=True)] if later else phases
+
+
+def _keep(model: nn.Module, path: Path, folder: Path) -> None:
+    """Write the trained weights, whole or not at all, and remove the training's checkpoints."""
+    fresh = path.with_name(f".{path.name}")
+    save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, fresh)
+    os.replace(fresh, path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def training_form(recipe: Recipe, places: tuple[str, ...] = ()) -> Recipe:

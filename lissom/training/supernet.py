@@ -284,12 +284,16 @@ class SuperNetwork(nn.Module):
             gone += [row.paths[number] for number in self.get_buffer(row.order)[:fewer].tolist()]
         return gone
 
+    def left_out(self, setting: Setting) -> tuple[str, ...]:
+        """Paths of the blocks that this setting's depths leave out. Raises LissomError as ``set_active``."""
+        return tuple(self._left_out(check_setting(self, setting)))
+
     def dead(self, setting: Setting) -> frozenset[str]:
         """The dimensions that change nothing at this setting: those inside blocks that its depths leave out.
 
         Raises LissomError as ``set_active``.
         """
-        gone = tuple(f"{path}." for path in self._left_out(check_setting(self, setting)))
+        gone = tuple(f"{path}." for path in self.left_out(setting))
         return frozenset(d.name for d in self.dimensions() if d.name.startswith(gone))
 
     def _sliced(self, ready: _Ready) -> dict[str, torch.Tensor]:

@@ -222,6 +222,21 @@ def test_mutation_moves_its_share_of_entries_and_keeps_the_range():
     assert (steps > 0).mean() == pytest.approx(0.5, abs=0.03)
 
 
+def test_a_space_may_draw_by_itself():
+    class Odd:
+        sizes = np.array([6, 6, 6])
+
+        def decode(self, vector):
+            return vector
+
+        def draw(self, count, generator):
+            return 1 + 2 * generator.integers(0, 3, (count, 3))
+
+    vectors, _ = nsga2(Odd(), lambda vectors: vectors.sum(1, keepdims=True), 8, 8, 0)
+    assert len(vectors) == 8
+    assert (vectors % 2 == 1).all()
+
+
 def test_breeding_knows_what_was_seen():
     space = SearchSpace({"a": (2, (0, 1))})
     vectors = np.array([[0, 0], [1, 1]])

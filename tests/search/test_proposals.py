@@ -161,6 +161,42 @@ def test_predictors_find_the_good_recipes():
     assert [best("linas", seed) for seed in range(2)] == [4.5] * 2
 
 
+def test_a_joint_search_moves_layer_by_layer():
+    """The baseline's trials first; then sizes and spared layers one by one, each new, each as a killed run finds it."""
+    plan = Plan.of(PLAN.model, (3, 32, 32))
+    names = ("int8", "subnet")
+
+    def cheap(recipe):
+        seconds, lost = 10.0, 0.0
+        for technique in recipe.techniques:
+            if technique.name == "subnet":
+                seconds -= len(technique.as_searched(plan).sizes)
+            else:
+                seconds -= 2 - 0.1 * len(technique.keep)
+        return dataclasses.replace(BASE, quality=90 - lost, latency_ms=seconds, speedup=10 / seconds)
+
+    trials = []
+    while len(trials) < 13:
+        role, recipe = propose(0, trials, names, plan, TARGET, search="joint")
+        trials.append(trial(len(trials), role, recipe, metrics=cheap))
+    assert [(t.role, t.recipe) for t in trials[:5]] == [
+        ("baseline", ""),
+        ("plain int8", "int8(linear='matmul', products=8)"),
+        ("alone", "int8()"),
+        ("alone", "subnet(shared=True)"),
+        ("together", "subnet(shared=True) + int8()"),
+    ]
+    assert {t.role for t in trials[5:]} == {"joint"}
+    recipes = [Recipe.parse(t.recipe) for t in trials[5:]]
+    assert len({str(recipe) for recipe in recipes}) == 8
+    found = [t for recipe in recipes for t in recipe.techniques]
+    assert all(t.shared for t in found if t.name == "subnet")
+    assert len({t.sizes for t in found if t.name == "subnet"}) > 2
+    assert len({t.keep for t in found if t.name == "int8"}) > 2
+    for count in (6, 8, 9, 12):
+        assert str(propose(0, trials[:count], names, plan, TARGET, search="joint")[1]) == trials[count].recipe
+
+
 def test_objectives_are_the_quantities(monkeypatch):
     seen = []
     original = proposals.next_batch

@@ -71,3 +71,21 @@ def test_an_operator_that_breaks_it_is_a_reason_and_the_run_goes_on(tmp_path: Pa
     assert alone.status == "not applicable"
     assert "nothing of Shuffled can be made elastic" in alone.reason
     assert any(t.ok for t in result.trials if "int8" in t.recipe)
+
+
+@pytest.mark.full
+def test_a_joint_search_trains_once_and_goes_on(tmp_path: Path) -> None:
+    net = standin.transformer()
+    options: dict[str, Any] = {"net": net, "techniques": ("subnet", "int8"), "search": "joint"}
+    standin.run(tmp_path / "r", trials=6, **options)
+    again = standin.run(tmp_path / "r", trials=9, resume=True, **options)
+    whole = standin.run(tmp_path / "other", trials=9, **options)
+    found = [t for t in again.trials if t.role == "joint"]
+    assert len(found) >= 4
+    assert all(t.ok for t in found), [t.reason for t in found]
+    # A run of nine trials has batches of as many members as one of six.
+    assert [t.recipe for t in again.trials if t.role == "joint"] == [
+        t.recipe for t in whole.trials if t.role == "joint"
+    ]
+    assert any("sizes=" in t.recipe and "keep=" in t.recipe for t in found)
+    assert len(list((tmp_path / "r" / "recovery").rglob("*.safetensors"))) == 1
