@@ -22,7 +22,7 @@ from lissom.search.choosing import cost
 from lissom.search.linas import SEARCHES, Record, next_batch
 from lissom.search.recipes import RecipeSpace, agreeing
 from lissom.search.trials import Metrics, Trial
-from lissom.techniques.base import Subset, Technique
+from lissom.techniques.base import Choices, Subset, Technique
 from lissom.techniques.recipe import Recipe
 
 __all__ = ["Proposal", "batch_size", "propose"]
@@ -166,7 +166,7 @@ def _draw(
     for kind in chosen:
         knobs: dict[str, Any] = {}
         for knob, values in kind.space(plan, target).items():
-            if isinstance(values, Subset):
+            if isinstance(values, Subset | Choices):
                 knobs[knob] = values.draw(rng)
             elif kind.name in known and rng.random() < _REUSE:
                 knobs[knob] = getattr(known[kind.name], knob)

@@ -18,12 +18,12 @@ from lissom.errors import LissomError
 from lissom.export.plan import Plan
 from lissom.registry import load_part
 from lissom.runtime.target import Target
-from lissom.techniques.base import STAGES, Subset, Technique
+from lissom.techniques.base import STAGES, Choices, Subset, Technique
 from lissom.techniques.recipe import Recipe
 
 __all__ = ["RecipeSpace", "agreeing"]
 
-SUBSETS = 16  # candidates of a knob that is any subset of many items
+SUBSETS = 16  # candidates of a knob that is any subset of many items, or a choice for each of them
 _TRIES = 200  # draws that look for them
 
 
@@ -53,9 +53,9 @@ def _refused(kind: type[Technique], others: Sequence[type[Technique]]) -> bool:
 class RecipeSpace:
     """Every recipe over ``techniques`` (names) on ``plan`` and ``target``, as ``nsga2`` and ``next_batch`` take spaces.
 
-    A knob whose space is a ``Subset`` would need an entry for each item, a hundred in a deep network. It gets one
-    entry instead: an index into at most 16 subsets, drawn with ``seed`` once and the same ever after, the first of
-    them empty. A knob that is not searched here keeps its default.
+    A knob whose space is a ``Subset`` or ``Choices`` would need an entry for each item, a hundred in a deep network. It
+    gets one entry instead: an index into at most 16 values, drawn with ``seed`` once and the same ever after, the first
+    of them empty. A knob that is not searched here keeps its default.
 
     Techniques that refuse each other cannot stand in one recipe: the later in the canonical order is dropped. So is a
     technique that refuses its own combination of knobs (with ValueError, as its constructor does).
@@ -70,7 +70,9 @@ class RecipeSpace:
         parts, start = [], 0
         for kind in sorted(kinds, key=lambda kind: STAGES.index(kind.stage)):
             knobs = {
-                knob: _subsets(values, f"{seed}:{kind.name}:{knob}") if isinstance(values, Subset) else tuple(values)
+                knob: _drawn(values, f"{seed}:{kind.name}:{knob}")
+                if isinstance(values, Subset | Choices)
+                else tuple(values)
                 for knob, values in kind.space(plan, target).items()
             }
             empty = [knob for knob, values in knobs.items() if not values]
@@ -165,10 +167,10 @@ class RecipeSpace:
         return tuple(entries.tolist())
 
 
-def _subsets(space: Subset, seed: str) -> tuple[tuple[str, ...], ...]:
-    """At most 16 different subsets, the empty one first; the same for the same items and seed."""
+def _drawn(space: Subset | Choices, seed: str) -> tuple[tuple[Any, ...], ...]:
+    """At most 16 different values, the empty one first; the same for the same items and seed."""
     rng = random.Random(seed)
-    found: dict[tuple[str, ...], None] = {(): None}
+    found: dict[tuple[Any, ...], None] = {(): None}
     for _ in range(_TRIES if space.items else 0):
         if len(found) == SUBSETS:
             break

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from lissom.errors import LissomError
 from lissom.export.plan import Plan
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 
-__all__ = ["STAGES", "Probe", "Subset", "Technique"]
+__all__ = ["STAGES", "Choices", "Probe", "Subset", "Technique"]
 
 STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision", "memory")
 
@@ -30,6 +31,46 @@ class Subset:
         most = max(1, len(self.items) // 3)
         count = min(len(self.items), 1 + int(most * rng.random() ** 2))
         return tuple(sorted(rng.sample(self.items, count), key=self.items.index))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A knob's space: of each named item one of a few values; ``items`` holds (name, values), the default first.
+
+    A recipe writes such a knob as a tuple of (name, value), in the order of the items, for those that are not at their
+    default; so () leaves everything as it is. Raises LissomError for an item that stands twice, has no value, or has
+    one twice.
+    """
+
+    items: tuple[tuple[str, tuple[Any, ...]], ...]
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.items]
+        for name, values in self.items:
+            if names.count(name) > 1 or not values or any(value in values[:i] for i, value in enumerate(values)):
+                raise LissomError(
+                    f"{name!r} stands twice among the items of a knob, or its values are none or repeated"
+                )
+
+    def draw(self, rng: random.Random) -> tuple[tuple[str, Any], ...]:
+        """A random choice: of 1 to all items, their number drawn evenly, each with another value than its default."""
+        free = [(name, values[1:]) for name, values in self.items if len(values) > 1]
+        if not free:
+            return ()
+        moved = set(rng.sample(range(len(free)), rng.randint(1, len(free))))
+        return tuple((name, rng.choice(values)) for i, (name, values) in enumerate(free) if i in moved)
+
+    @staticmethod
+    def check(knob: str, value: Any) -> None:
+        """For constructors: raise ValueError where ``value`` is not written as a choice among items is."""
+        pairs = isinstance(value, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value
+        )
+        if not pairs:
+            raise ValueError(f"{knob} is a tuple of (name, value), as in {knob}=(('blocks.0', 0.5),), not {value!r}")
+        names = [name for name, _ in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{knob} names {twice[0]!r} twice")
 
 
 # Of each (module, replacement, shape of an input without the batch): the module's time over the replacement's.
@@ -56,7 +97,7 @@ class Technique:
         raise NotImplementedError
 
     @classmethod
-    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset]:
+    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset | Choices]:
         """Knob name -> values worth searching on this plan. Empty: only the default."""
         return {}
 

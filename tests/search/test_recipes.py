@@ -18,7 +18,7 @@ from lissom.registry import _objects, load_part
 from lissom.runtime.target import Target
 from lissom.search.nsga2 import nsga2
 from lissom.search.recipes import SUBSETS, RecipeSpace, agreeing
-from lissom.techniques.base import Subset, Technique
+from lissom.techniques.base import Choices, Subset, Technique
 from lissom.techniques.recipe import Recipe
 
 PLAN = Plan.of(nn.Sequential(*(nn.Linear(4, 4) for _ in range(20))))
@@ -60,6 +60,24 @@ class Spared(Technique):
 
 
 @dataclass(frozen=True)
+class Sized(Technique):
+    """Planted: a size for each of several layers."""
+
+    name: ClassVar[str] = "sized"
+    stage: ClassVar[str] = "structure"
+
+    sizes: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        Choices.check("sizes", self.sizes)
+
+    @classmethod
+    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset | Choices]:
+        paths = [path for path, m in plan.model.named_modules() if isinstance(m, nn.Linear)]
+        return {"sizes": Choices(tuple((path, (1.0, 0.5, 0.25)) for path in paths))}
+
+
+@dataclass(frozen=True)
 class Jealous(Technique):
     """Planted: stands between the others and refuses one of each side."""
 
@@ -79,7 +97,7 @@ class Refusing(Technique):
 
 @pytest.fixture(autouse=True)
 def planted(monkeypatch):
-    for kind in (Widened, Spared, Jealous, Refusing):
+    for kind in (Widened, Spared, Sized, Jealous, Refusing):
         monkeypatch.setitem(_objects, ("technique", kind.name), kind)
 
 
@@ -187,6 +205,40 @@ def test_a_subset_of_nothing_is_empty():
     bare = RecipeSpace(("spared",), Plan.of(nn.Sequential(nn.ReLU())), TARGET)
     assert bare.sizes.tolist() == [2, 1]
     assert str(bare.decode([1, 0])) == "spared()"
+
+
+def test_choices_for_many_items_are_few_fixed_and_hold_the_default():
+    found = space("sized")
+    assert found.sizes.tolist() == [2, SUBSETS]
+    drawn = [found.decode([1, i]).techniques[0].sizes for i in range(SUBSETS)]
+    assert drawn[0] == ()
+    assert len(set(drawn)) == SUBSETS
+    for sizes in drawn:
+        names = [name for name, _ in sizes]
+        assert names == sorted(names, key=int)  # the items' order
+        assert {value for _, value in sizes} <= {0.5, 0.25}
+    assert {len(sizes) for sizes in drawn} - {0, 1, 2}, "some change many items"
+    recipe = found.decode([1, 5])
+    assert Recipe.parse(str(recipe)) == recipe
+    assert found.encode(recipe).tolist() == [1, 5]
+    assert [space("sized", "spared").decode([1, i, 0, 0]).techniques[0].sizes for i in range(SUBSETS)] == drawn
+
+
+def test_choices_draw_values_other_than_the_default_and_say_what_is_wrong():
+    rng = random.Random(0)
+    choices = Choices((("a", (1, 2, 3)), ("b", (8,)), ("c", (True, False))))
+    drawn = {choices.draw(rng) for _ in range(300)}
+    a, c = [(), (("a", 2),), (("a", 3),)], [(), (("c", False),)]
+    assert drawn == {(*one, *other) for one in a for other in c} - {()}
+    assert Choices((("b", (8,)),)).draw(rng) == ()
+    for items in ((("a", (1,)), ("a", (2,))), (("a", ()),), (("a", (1, 1)),)):
+        with pytest.raises(LissomError, match="'a' stands twice among the items of a knob, or its values"):
+            Choices(items)
+    for wrong in ("a", ("a",), (("a", 1, 2),), ((1, 2),), (["a", 1],)):
+        with pytest.raises(ValueError, match=r"sizes is a tuple of \(name, value\)"):
+            Sized(sizes=wrong)
+    with pytest.raises(ValueError, match="names 'a' twice"):
+        Sized(sizes=(("a", 1), ("a", 2)))
 
 
 def test_a_search_moves_in_it():
