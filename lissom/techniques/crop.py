@@ -59,10 +59,10 @@ class Crop(Technique):
 
     ``keep``: the share that is left of the multiplications of convolutions and linear layers, or of the "parameters"
     (``of``). ``importance`` ranks the channels of a layer: "magnitude", all weights a channel has; "activation", what
-    the next layers lose, read from a few training images, which needs ``settle``; "random", the control. ``densities``
-    shares the cut out among the layers: "uniform" gives all widths the same factor, "closed_form", "synflow" and "erk"
-    are PreCrop's, for networks that are not trained yet, or trained anew (``fresh``: weights are drawn anew, as PreCrop
-    does; else those of the channels that stay are kept).
+    the next layers lose, read from a few training images, which needs ``settle``; "random", the control, drawn by
+    ``seed``. ``densities`` shares the cut out among the layers: "uniform" gives all widths the same factor,
+    "closed_form", "synflow" and "erk" are PreCrop's, for networks that are not trained yet, or trained anew (``fresh``:
+    weights are drawn anew, as PreCrop does; else those of the channels that stay are kept).
 
     ``streams``: whether channels that several layers add to (the stream of a residual network) are removed too; None:
     only where the blocks' inner widths do not suffice. ``multiple``: widths are multiples of it, less in narrow layers,
@@ -90,11 +90,13 @@ class Crop(Technique):
     multiple: int = 8
     skip: tuple[str, ...] = ()
     fresh: bool = False
+    seed: int = 0
     kept: tuple[tuple[str, str], ...] | None = None
 
     def __post_init__(self) -> None:
         number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool) and math.isfinite(self.keep)
         whole = isinstance(self.multiple, int) and not isinstance(self.multiple, bool)
+        drawn = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**63
         for wrong, sentence in (
             (not number or not 0 < self.keep < 1, f"keep is a share between 0 and 1, not {self.keep!r}"),
             (self.importance not in IMPORTANCE, f"importance is {_or(IMPORTANCE)}, not {self.importance!r}"),
@@ -103,6 +105,7 @@ class Crop(Technique):
             (self.streams not in (True, False, None), f"streams is True, False or None, not {self.streams!r}"),
             (not whole or self.multiple < 1, f"multiple is a whole number, at least 1, not {self.multiple!r}"),
             (not isinstance(self.fresh, bool), f"fresh is True or False, not {self.fresh!r}"),
+            (not drawn, f"seed is a whole number, at least 0, not {self.seed!r}"),
             (
                 not isinstance(self.skip, tuple) or not all(s and isinstance(s, str) for s in self.skip),
                 "skip is a tuple of module paths, as in skip=('layer4.1.conv1',)",
@@ -187,7 +190,7 @@ class Crop(Technique):
                 "importance='magnitude' needs none"
             )
         widths = self._widths(model, found, task.shape)
-        scores = magnitude_scores(model, found) if self.importance == "magnitude" else random_scores(found)
+        scores = magnitude_scores(model, found) if self.importance == "magnitude" else random_scores(found, self.seed)
         return best_units(scores, widths)
 
     def _widths(self, model: nn.Module, found: Channels, shape: tuple[int, ...]) -> dict[str, int]:

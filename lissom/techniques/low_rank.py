@@ -5,6 +5,9 @@ multiplications by ``ratio`` (``lissom.layers.low_rank``). The training that fol
 draws the outputs of the blocks to the original's (``lissom.training.methods.pela``); the paper does this on the data of
 pre-training, before the model is fine-tuned like any other.
 
+Not every layer bears the same rank. ``ratios`` gives kinds of layers, or single ones, ratios of their own, which a
+search tries; ``spread="energy"`` finds them by the layers' singular values.
+
 Fewer multiplications are not less time everywhere: two thin layers read and write more values, and a narrow one leaves
 vector units idle. So, where ``skip`` is left open, every distinct kind of layer is measured on the device in both forms
 (``settle``), and only what gets faster is replaced.
@@ -12,7 +15,9 @@ vector units idle. So, where ``skip`` is left open, every distinct kind of layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -22,11 +27,11 @@ from torch import nn
 from lissom.errors import LissomError, NotApplicable
 from lissom.export.capture import clone
 from lissom.export.plan import Plan
-from lissom.layers.low_rank import factorisable, factorise, obstacles, rank_of_ratio, thin_layers
+from lissom.layers.low_rank import factorisable, factorise, obstacles, rank_of_ratio, spread_ratios, thin_layers
 from lissom.registry import register
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
-from lissom.techniques.base import Probe, Subset, Technique
+from lissom.techniques.base import Choices, Probe, Subset, Technique
 from lissom.training.methods.narrowed import Narrowed
 from lissom.training.methods.pela import FeatureMSE, Perturbation, Retrained, block_paths
 from lissom.training.methods.recovery import Term
@@ -37,6 +42,9 @@ NAMES = ("norm", "head", "patch_embed", "downsample")  # the paper's list for De
 LEAST_OUTPUTS = 10  # the paper leaves narrower layers alone
 FASTER = 1.02  # a layer in its own form takes this many times as long as two thin ones, or more: else it stays
 FEATURES = ("all", "last", "none")
+SPREADS = ("even", "energy")
+RATIOS = (1.5, 2.0, 3.0, 4.0)  # that a search tries
+PROBED = 8  # layers that are probed at once: each is held by two processes of the runtime
 NAMED = 4  # how many layers a note names
 
 
@@ -45,10 +53,14 @@ NAMED = 4  # how many layers a note names
 class LowRank(Technique):
     """Replace linear layers and 1x1 convolutions by two thin ones of low rank.
 
-    ``ratio``: how many times fewer weights a layer has afterwards (1 or more). ``ranks``: (path, rank) for layers that
-    are replaced at a rank of their own, whatever the other knobs say. ``skip``: what is left alone; an entry that is a
-    module's path means that module and all it holds, any other every layer whose path contains it ("attn.proj").
-    Layers of fewer than 10 outputs, and those that would not shrink, are left alone as well.
+    ``ratio``: how many times fewer weights a layer has afterwards (1 or more). ``spread``: "even" gives every layer
+    that ratio; "energy" gives no more weights in all, so that the layers lose least of their singular values' energy
+    (ratios 0.75 to 2 times as large, or 1, which leaves a layer whole; ``lissom.layers.low_rank.spread_ratios``).
+    ``ratios``: (entry, ratio) for layers of another ratio, 1 for those that stay whole; of several entries that mean a
+    layer the last counts. ``ranks``: (path, rank) for layers that are replaced at a rank of their own, whatever the
+    other knobs say. ``skip``: what is left alone. An entry of ``ratios`` or ``skip`` that is a module's path means that
+    module and all it holds, any other every layer whose path contains it ("attn.proj"). Layers of fewer than 10
+    outputs, and those that would not shrink, are left alone as well.
 
     ``skip`` left out is undecided: names that contain norm, head, patch_embed or downsample, the classifier, and, where
     the device is asked (``settle``), what does not get faster there. A given ``skip`` takes the place of all that.
@@ -62,6 +74,8 @@ class LowRank(Technique):
     stage: ClassVar[str] = "structure"
 
     ratio: float = 2.0
+    spread: str = "even"
+    ratios: tuple[tuple[str, float], ...] = ()
     ranks: tuple[tuple[str, int], ...] = ()
     skip: tuple[str, ...] | None = None
     features: str = "all"
@@ -72,6 +86,11 @@ class LowRank(Technique):
     def __post_init__(self) -> None:
         for wrong, sentence in (
             (not _number(self.ratio) or not self.ratio >= 1, f"ratio is {self.ratio!r}; it is a number, at least 1"),
+            (self.spread not in SPREADS, f"spread is {' or '.join(map(repr, SPREADS))}, not {self.spread!r}"),
+            (
+                not isinstance(self.ratios, tuple) or not all(map(_entry_and_ratio, self.ratios)),
+                "ratios is a tuple of (module path or a part of one, ratio of at least 1), as in ratios=(('qkv', 3),)",
+            ),
             (
                 not isinstance(self.ranks, tuple) or not all(map(_path_and_rank, self.ranks)),
                 "ranks is a tuple of (path, rank), as in ranks=(('blocks.0.attn.qkv', 32),)",
@@ -90,11 +109,13 @@ class LowRank(Technique):
         ):
             if wrong:
                 raise ValueError(sentence)
-        if len(dict(self.ranks)) < len(self.ranks):
-            raise ValueError("a layer stands twice in ranks; once is enough")
+        for name, pairs in (("ranks", self.ranks), ("ratios", self.ratios)):
+            if len(dict(pairs)) < len(pairs):
+                raise ValueError(f"a layer stands twice in {name}; once is enough")
 
     def check(self, plan: Plan, target: Target) -> None:
-        ranks, left = self._chosen(plan.model)
+        # Singular values take longer than a check may; which layers can be replaced does not hang on them.
+        ranks, left, _ = replace(self, spread="even")._chosen(plan.model)
         if not ranks:
             raise _nothing(left)
 
@@ -105,7 +126,7 @@ class LowRank(Technique):
         shape: one forward pass on zeros tells which layers are called, and which have their weights read instead.
         """
         model = clone(plan.model)
-        ranks, left = self._chosen(model)
+        ranks, left, spread = self._chosen(model)
         seen = _called(model, task.shape, [*ranks, *block_paths(model)])
         for path in [path for path in ranks if path not in seen]:
             if path in dict(self.ranks):
@@ -125,6 +146,10 @@ class LowRank(Technique):
             f"low_rank put two thin layers in the place of {len(ranks)} of {len(ranks) + len(left)} linear layers and "
             f"1x1 convolutions{_in_words(left)}"
         ]
+        if spread:
+            counts = Counter(spread.values())
+            of = ", ".join(f"{counts[own]} at {own:g}" for own in sorted(counts))
+            notes.append(f"low_rank spread the ratio {self.ratio:g} over layers by their singular values: {of}")
         if self.features != "none" and self.feature_weight:
             if blocks:
                 terms.append(FeatureMSE(tuple(blocks[-1:] if self.features == "last" else blocks), self.feature_weight))
@@ -135,11 +160,14 @@ class LowRank(Technique):
         return plan.with_model(model, *notes).with_recovery(*(terms or [Retrained()]))
 
     @classmethod
-    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset]:
-        return {"ratio": (1.5, 2.0, 3.0, 4.0)}
+    def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any] | Subset | Choices]:
+        ranks, _, _ = cls()._chosen(plan.model)
+        kinds = tuple((kind, (None, 1.0, *RATIOS)) for kind in _entries(ranks, plan.model))
+        return {"ratio": RATIOS, "spread": SPREADS, "ratios": Choices(kinds)}
 
     def settle(self, plan: Plan, task: Task, probe: Probe) -> Self:
-        """The same technique with ``skip`` decided by measurement; itself where it is decided already.
+        """The same technique with ``skip`` decided by measurement, and with the ratios of ``spread`` written into
+        ``ratios``, layer by layer; itself where ``skip`` is decided already.
 
         ``probe`` measures (layer, two thin ones, shape of one input) on the device and returns how many times as long
         the layer takes in its own form. One of each kind is measured (class, widths, stride, rank, input's shape), on
@@ -150,8 +178,10 @@ class LowRank(Technique):
         if self.skip is not None:
             return self
         model = clone(plan.model)
-        ranks, left = self._chosen(model)
+        ranks, left, spread = self._chosen(model)
         seen = _called(model, task.shape, ranks)
+        if not any(path in seen for path in ranks):
+            raise _nothing(left | dict.fromkeys(ranks, "not called"))
         layers = factorisable(model)
         kinds: dict[tuple[Any, ...], list[str]] = {}
         for path, rank in ranks.items():
@@ -161,7 +191,7 @@ class LowRank(Technique):
             (layers[first], thin_layers(layers[first], ranks[first], "random"), shape)
             for (*_, shape), (first, *_) in kinds.items()
         ]
-        ratios = probe(pairs) if pairs else []
+        ratios = [ratio for i in range(0, len(pairs), PROBED) for ratio in probe(pairs[i : i + PROBED])]
         slow = {
             path for paths, ratio in zip(kinds.values(), ratios, strict=True) if not ratio > FASTER for path in paths
         }
@@ -171,11 +201,17 @@ class LowRank(Technique):
                 f"no layer is faster on this device as two thin ones at ratio {self.ratio:g}{best}; "
                 "a larger ratio may be, and skip=() replaces all regardless"
             )
-        named = {path for path, reason in left.items() if reason in (BY_NAME, CLASSIFIER)}
-        return replace(self, skip=tuple(path for path in layers if path in named | slow))
+        stays = {path for path, reason in left.items() if reason in (BY_NAME, CLASSIFIER)} | slow
+        if not spread:
+            return replace(self, skip=tuple(path for path in layers if path in stays))
+        # Ratios, and not ranks: a technique in front of this one may make layers narrower.
+        stays |= {path for path, own in spread.items() if own == 1}
+        own = tuple((path, ratio) for path, ratio in spread.items() if path not in stays)
+        return replace(self, skip=tuple(path for path in layers if path in stays), ratios=(*self.ratios, *own))
 
-    def _chosen(self, model: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
-        """Path -> rank of what is replaced, and path -> reason of all other linear layers and 1x1 convolutions."""
+    def _chosen(self, model: nn.Module) -> tuple[dict[str, int], dict[str, str], dict[str, float]]:
+        """Path -> rank of what is replaced, path -> reason of all other linear layers and 1x1 convolutions, and path ->
+        ratio of those whose ratio their singular values gave."""
         layers = factorisable(model)
         left = {path: reason for path, reason in obstacles(model).items() if reason}
         modules = {path for path, _ in model.named_modules()}
@@ -190,26 +226,47 @@ class LowRank(Technique):
         for entry in self.skip or ():
             if not any(entry in path for path in modules):
                 raise NotApplicable(f"low_rank is to leave {entry!r} alone, but no module's path contains it")
+        given: dict[str, float] = {}
+        for entry, ratio in self.ratios:
+            if not any(entry in path for path in modules):
+                raise NotApplicable(f"low_rank has a ratio for {entry!r}, but no module's path contains it")
+            given |= {path: ratio for path in layers if _means(entry, path, modules)}
         classifiers = _classifiers(model) if self.skip is None else set()
-        ranks: dict[str, int] = {}
+        free: dict[str, nn.Linear | nn.Conv2d] = {}  # those that may be replaced, at a ratio
         for path, layer in layers.items():
-            outputs, inputs = layer.weight.shape[:2]
-            rank = own.get(path) or rank_of_ratio(inputs, outputs, self.ratio)
             if path in own:
-                ranks[path] = rank
-            elif path in classifiers:
+                continue
+            if path in classifiers:
                 left[path] = CLASSIFIER
             elif self.skip is None and any(name in path for name in NAMES):
                 left[path] = BY_NAME
             elif any(_means(entry, path, modules) for entry in self.skip or ()):
                 left[path] = "in skip"
-            elif outputs < LEAST_OUTPUTS:
+            elif len(layer.weight) < LEAST_OUTPUTS:
                 left[path] = f"fewer than {LEAST_OUTPUTS} outputs"
+            else:
+                free[path] = layer
+        spread: dict[str, float] = {}
+        if self.spread == "energy":
+            spread = spread_ratios({path: layer for path, layer in free.items() if path not in given}, self.ratio)
+        ranks: dict[str, int] = {}
+        for path, layer in layers.items():
+            outputs, inputs = layer.weight.shape[:2]
+            ratio = spread.get(path, given.get(path, self.ratio))
+            rank = own.get(path) or rank_of_ratio(inputs, outputs, ratio)
+            if path in own:
+                ranks[path] = rank
+            elif path not in free:
+                continue
+            elif path in given and ratio == 1:
+                left[path] = "in ratios"
+            elif path in spread and ratio == 1:
+                left[path] = "its singular values"
             elif rank * (inputs + outputs) >= inputs * outputs:
                 left[path] = "would not shrink"
             else:
                 ranks[path] = rank
-        return ranks, left
+        return ranks, left, spread
 
 
 BY_NAME, CLASSIFIER = "by name", "the classifier"
@@ -229,8 +286,36 @@ def _path_and_rank(item: Any) -> bool:
     )
 
 
+def _entry_and_ratio(item: Any) -> bool:
+    return (
+        isinstance(item, tuple)
+        and len(item) == 2
+        and isinstance(item[0], str)
+        and bool(item[0])
+        and _number(item[1])
+        and 1 <= item[1] < math.inf
+    )
+
+
+def _entries(paths: Iterable[str], model: nn.Module) -> list[str]:
+    """Entries of ``ratios`` that mean all of ``paths``, a kind of layer each: what stands behind the last number in
+    their paths ("attn.qkv" of blocks.0.attn.qkv), or each path where that would mean other layers too."""
+    kinds: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split(".")
+        start = max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=len(parts))
+        kinds.setdefault(".".join(parts[start:]) or path, []).append(path)
+    layers, modules = factorisable(model), {path for path, _ in model.named_modules()}
+    found: list[str] = []
+    for kind, own in kinds.items():
+        # With a dot in front it cannot be a module's path, such as that of a stem.
+        entries = [e for e in (kind, f".{kind}") if {path for path in layers if _means(e, path, modules)} == set(own)]
+        found += entries[:1] or own
+    return found
+
+
 def _means(entry: str, path: str, modules: set[str]) -> bool:
-    """Whether an entry of ``skip`` means the layer at ``path``."""
+    """Whether an entry of ``skip`` or ``ratios`` means the layer at ``path``."""
     return path == entry or path.startswith(f"{entry}.") if entry in modules else entry in path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from lissom.layers.low_rank import (
     obstacles,
     published_ranks,
     rank_of_ratio,
+    spread_ratios,
     thin_layers,
 )
 from lissom.models.factory import create_model, from_published
@@ -151,6 +153,81 @@ def test_what_a_layer_had_is_kept():
 def test_what_thin_layers_refuses(rank, init, says):
     with pytest.raises(LissomError, match=says):
         thin_layers(linear(4, 6), rank, init)
+
+
+# Ratios by singular values
+
+
+def falling(values: torch.Tensor, inputs: int, outputs: int) -> nn.Linear:
+    """A layer of these singular values."""
+    layer = linear(inputs, outputs)
+    left, right = (torch.linalg.qr(torch.randn(n, len(values)))[0] for n in (outputs, inputs))
+    layer.weight.data = left @ torch.diag(values) @ right.T
+    return layer
+
+
+def weights(layers: dict[str, nn.Linear], ratios: dict[str, float]) -> int:
+    total = 0
+    for path, layer in layers.items():
+        rank = rank_of_ratio(layer.in_features, layer.out_features, ratios[path])
+        whole = layer.weight.numel()
+        total += whole if ratios[path] == 1 else min(whole, rank * (layer.in_features + layer.out_features))
+    return total
+
+
+def kept(layers: dict[str, nn.Linear], ratios: dict[str, float]) -> float:
+    """The product of the shares of their energy that the layers' thin forms keep."""
+    total = 1.0
+    for path, layer in layers.items():
+        if ratios[path] > 1:
+            thin = thin_layers(layer, rank_of_ratio(layer.in_features, layer.out_features, ratios[path]))
+            error = (thin.weight - layer.weight).detach().square().sum() / layer.weight.detach().square().sum()
+            total *= 1 - float(error)
+    return total
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2.0, 3.0])
+def test_layers_of_slow_singular_values_get_more_rank_at_no_more_weights(ratio):
+    steep, flat = torch.logspace(0, -4, 48), torch.linspace(1, 0.8, 48)
+    layers = {"steep": falling(steep, 48, 96), "flat": falling(flat, 48, 96), "middle": linear(48, 48)}
+    found = spread_ratios(layers, ratio)
+    assert found["steep"] > ratio
+    assert found["steep"] > found["flat"]
+    even = dict.fromkeys(layers, ratio)
+    assert weights(layers, found) <= weights(layers, even)
+    assert kept(layers, found) > kept(layers, even)
+
+
+def test_equal_layers_share_evenly_and_one_layer_has_the_ratio():
+    assert spread_ratios({"one": linear(64, 64)}, 2.0) == {"one": 2.0}
+    assert spread_ratios({}, 2.0) == {}
+    twins = {str(i): falling(torch.linspace(1, 0.01, 64), 64, 64) for i in range(4)}
+    found = spread_ratios(twins, 2.0)
+    assert weights(twins, found) <= weights(twins, dict.fromkeys(twins, 2.0))
+    assert spread_ratios(twins, 1.0) == dict.fromkeys(twins, 1.0)
+    with pytest.raises(LissomError, match="at least 1"):
+        spread_ratios(twins, 0.5)
+
+
+def test_the_product_of_kept_shares_is_the_largest_there_is():
+    torch.manual_seed(1)
+    layers = {str(i): falling(torch.rand(20).sort(descending=True)[0], 20, n) for i, n in enumerate((24, 40, 64))}
+    found = spread_ratios(layers, 2.0)
+    budget = weights(layers, dict.fromkeys(layers, 2.0))
+    every = [dict(zip(layers, ways, strict=True)) for ways in itertools.product((1.0, 1.5, 2.0, 3.0, 4.0), repeat=3)]
+    within = [kept(layers, ratios) for ratios in every if weights(layers, ratios) <= budget]
+    assert len(within) < len(every)
+    assert weights(layers, found) <= budget
+    assert kept(layers, found) == pytest.approx(max(within), rel=1e-4)
+
+
+def test_a_layer_of_zeros_and_a_convolution_can_be_spread():
+    zeros = linear(32, 32)
+    nn.init.zeros_(zeros.weight)
+    layers = {"zeros": zeros, "conv": nn.Conv2d(32, 64, 1), "linear": linear(32, 64)}
+    found = spread_ratios(layers, 2.0)
+    assert found["zeros"] >= 2.0  # nothing is lost of it
+    assert set(found.values()) <= {1.0, 1.5, 2.0, 3.0, 4.0}
 
 
 # Models

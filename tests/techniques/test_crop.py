@@ -97,6 +97,15 @@ def test_the_weakest_channels_go():
     assert plan.model[2].out_channels == 32
 
 
+def test_the_control_is_drawn_by_its_seed(tangled):
+    first, again, other = (
+        applied(tangled, f"crop(keep=0.5, importance='random', seed={seed})").model.state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert {name: v.shape for name, v in first.items()} == {name: v.shape for name, v in other.items()}
+    assert not torch.equal(first["stem.weight"], other["stem.weight"])
+
+
 def test_parameters_instead_of_multiplications(resnet):
     plan = applied(resnet, "crop(keep=0.4, of='parameters')")
     kept, whole = (sum(p.numel() for p in m.parameters()) for m in (plan.model, resnet))
@@ -279,6 +288,7 @@ def test_the_exported_graph_answers_as_the_model(tangled, tmp_path):
         ("crop(multiple=0)", "at least 1"),
         ("crop(skip='head')", "tuple"),
         ("crop(fresh=1)", "True or False"),
+        ("crop(seed=-1)", "at least 0"),
         ("crop(kept=(('a', 'xyz'),))", "hexadecimal"),
     ],
 )

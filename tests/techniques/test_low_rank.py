@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lissom.layers.low_rank import LowRankLayer, merge_low_rank, thin_layers
 from lissom.meters.measurement import Measurement
 from lissom.runtime.artifact import Artifact
 from lissom.runtime.target import Target
+from lissom.search.recipes import RecipeSpace
 from lissom.tasks.task import Task
 from lissom.techniques import probes
 from lissom.techniques.low_rank import LowRank
@@ -168,6 +170,99 @@ def test_a_transformers_model_by_its_public_structure():
     assert len(plan.recovery[0].blocks) == 2
 
 
+# Ratios layer by layer
+
+
+def thin_ranks(plan: Plan) -> dict[str, int]:
+    return {path: m.rank for path, m in plan.model.named_modules() if isinstance(m, LowRankLayer)}
+
+
+def test_kinds_and_layers_have_ratios_of_their_own(vit):
+    ratios = (("attn", 1), ("blocks.1", 3.0), ("blocks.1.mlp.fc2", 4.0))
+    plan = LowRank(ratios=ratios).apply(Plan.of(vit), SMALL)
+    ranks = thin_ranks(plan)
+    assert set(ranks) == {f"blocks.{i}.mlp.{kind}" for i in range(3) for kind in ("fc1", "fc2")} | {
+        "blocks.1.attn.qkv", "blocks.1.attn.proj",
+    }  # fmt: skip
+    assert (ranks["blocks.0.mlp.fc1"], ranks["blocks.1.mlp.fc1"], ranks["blocks.1.mlp.fc2"]) == (19, 12, 9)
+    assert "blocks.0.attn.qkv, blocks.0.attn.proj, blocks.2.attn.qkv, blocks.2.attn.proj (in ratios)" in plan.notes[0]
+    exact = LowRank(ratios=(("mlp", 4.0),), ranks=(("blocks.0.mlp.fc1", 7),)).apply(Plan.of(vit), SMALL)
+    assert thin_ranks(exact)["blocks.0.mlp.fc1"] == 7
+    with pytest.raises(NotApplicable, match="ratio for 'mpl'"):
+        LowRank(ratios=(("mpl", 4.0),)).check(Plan.of(vit), Target())
+
+
+def test_singular_values_spread_the_ratio(vit):
+    model = copy.deepcopy(vit)
+    with torch.no_grad():  # one layer of rank 4, which loses nothing by being thin
+        fc1 = model.blocks[0].mlp.fc1
+        fc1.weight.copy_(fc1.weight[:, :4] @ fc1.weight[:4])
+    technique = LowRank(ratio=2.0, spread="energy")
+    technique.check(Plan.of(model), Target())
+    plan, even = technique.apply(Plan.of(model), SMALL), LowRank().apply(Plan.of(model), SMALL)
+    assert "by their singular values: " in plan.notes[1]
+    ranks = thin_ranks(plan)
+    assert ranks["blocks.0.mlp.fc1"] == 9  # ratio 4
+    assert len(set(ranks.values())) > 2
+
+    def parameters(plan: Plan) -> int:
+        return sum(p.numel() for p in plan.model.parameters())
+
+    assert parameters(plan) <= parameters(even)
+    # Whatever has a ratio of its own is no part of what is spread.
+    fixed = replace(technique, ratios=(("mlp.fc1", 3.0),)).apply(Plan.of(model), SMALL)
+    assert {r for path, r in thin_ranks(fixed).items() if path.endswith("fc1")} == {12}
+
+
+def test_settle_writes_the_spread_ratios_of_what_is_faster(vit):
+    calls = []
+
+    def probe(pairs):
+        calls.append(len(pairs))
+        return [0.9 if layer.weight.shape == (48, 48) else 1.5 for layer, _, _ in pairs]
+
+    technique = LowRank(ratio=2.0, spread="energy")
+    settled = technique.settle(Plan.of(vit), SMALL, probe)
+    assert max(calls) <= 8
+    assert Recipe.parse(str(settled)).techniques == (settled,)
+    assert {f"blocks.{i}.attn.proj" for i in range(3)} < set(settled.skip)
+    assert {path for path, _ in settled.ratios} | set(settled.skip) == {
+        *(f"blocks.{i}.{kind}" for i in range(3) for kind in KINDS), "head",
+    }  # fmt: skip
+    before, after = (thin_ranks(t.apply(Plan.of(vit), SMALL)) for t in (technique, settled))
+    assert after == {path: rank for path, rank in before.items() if not path.endswith("attn.proj")}
+    # Behind a technique that makes layers narrower the ratios stay what they are.
+    narrower = Recipe.parse(f"crop(keep=0.7) + {settled}").apply(Plan.of(vit, (3, 32, 32)), SMALL, Target())
+    assert set(thin_ranks(narrower)) == set(after)
+
+
+def test_a_search_tries_ratios_kind_by_kind(vit, resnet):
+    space = LowRank.space(Plan.of(vit), Target())
+    assert [name for name, _ in space["ratios"].items] == list(KINDS)
+    assert [name for name, _ in LowRank.space(Plan.of(resnet), Target())["ratios"].items] == [".conv1", "conv3"]
+    rng = random.Random(0)
+    drawn = [LowRank(ratio=3.0, ratios=space["ratios"].draw(rng)) for _ in range(20)]
+    for technique in drawn:
+        assert Recipe.parse(str(technique)).techniques == (technique,)
+        if {ratio for _, ratio in technique.ratios} != {1.0} or len(technique.ratios) < len(KINDS):
+            ranks = thin_ranks(technique.apply(Plan.of(vit), SMALL))
+            whole = {kind for kind, ratio in technique.ratios if ratio == 1}
+            assert not any(path.endswith(kind) for path in ranks for kind in whole)
+    assert len(set(drawn)) > 15
+    search = RecipeSpace(["low_rank"], Plan.of(vit), Target())
+    vector = np.array([1, 2, 1, 5])
+    recipe = search.decode(vector)
+    assert recipe.techniques[0].spread == "energy"
+    assert recipe.techniques[0].ratios
+    assert search.encode(recipe).tolist() == vector.tolist()
+    # "fc" is a part of "fc1" too, so that each layer is named by itself.
+    blocks = [nn.ModuleDict({"fc": nn.Linear(24, 24), "fc1": nn.Linear(24, 24)}) for _ in range(2)]
+    named = nn.ModuleDict({**{str(i): block for i, block in enumerate(blocks)}, "out": nn.Linear(24, 12)})
+    assert [name for name, _ in LowRank.space(Plan.of(named), Target())["ratios"].items] == ["0.fc", "1.fc", "fc1"]
+    empty = LowRank.space(Plan.of(nn.Sequential(nn.Conv2d(3, 8, 3))), Target())
+    assert empty["ratios"].items == ()
+
+
 # What it asks of the training
 
 
@@ -201,6 +296,10 @@ def test_terms_follow_the_knobs(vit):
         ("low_rank(ranks=('blocks.0', 3))", "tuple of"),
         ("low_rank(ranks=(('blocks.0', 0),))", "tuple of"),
         ("low_rank(ranks=(('a', 3), ('a', 4)))", "twice"),
+        ("low_rank(spread='wide')", "'even' or 'energy'"),
+        ("low_rank(ratios=('mlp', 3))", "tuple of"),
+        ("low_rank(ratios=(('mlp', 0.5),))", "at least 1"),
+        ("low_rank(ratios=(('mlp', 2), ('mlp', 3)))", "twice in ratios"),
         ("low_rank(features='some')", "'last'"),
         ("low_rank(eps=-1)", "at least 0"),
     ],
