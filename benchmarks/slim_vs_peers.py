@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--techniques", help="as in lissom slim; default: all")
     parser.add_argument("--recipe", help="judge this recipe instead of searching")
-    parser.add_argument("--recover", type=float, help="minutes at most for each training that a recipe needs")
+    parser.add_argument("--recover", type=float, help="minutes for each training that a recipe needs")
     parser.add_argument("--arch", help="the timm name of a weight file's network")
     parser.add_argument("--out", type=Path, help="the run's folder, to be kept and resumed; default: a temporary one")
     parser.add_argument("--seconds", type=float, default=4.0, help="running time of each row")

@@ -62,6 +62,7 @@ CALIBRATION = 300  # images: NNCF's own default
 VERIFICATION = 32  # real images on which an export is compared with its model
 TRIALS = 12
 RECOVERY_EPOCHS, RECOVERY_STEPS = 5, 1000  # the shorter of both: steps, because minutes depend on the machine
+LONGEST = 500  # epochs of a recovery that minutes limit
 PART = "part"  # role of a trial that is the beginning of the winner's recipe
 DEMO_EPOCHS = 8
 DEMO_TRAINING = {"batch": 16, "lr": 1e-3, "augment": False}  # 1,300 small digits: many short steps
@@ -152,8 +153,8 @@ def slim(
     ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search, which is
     "linas" (predictors decide what is worth measuring), "joint" (the same, with every size of a sub-network and every
     layer's precision searched by itself), "nsga2" or "random". ``train`` epochs of training come first
-    where the model arrives untrained. ``recover`` (minutes) bounds each training that a recipe needs, else five
-    epochs or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a weight file, or
+    where the model arrives untrained. ``recover`` is how many minutes each training that a recipe needs
+    takes, in place of five epochs or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a weight file, or
     ``pretrained`` for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one.
     ``meter`` replaces the device's own.
 
@@ -259,8 +260,8 @@ class _Job:
                 self.task,
                 self.target,
                 self.folder / "recovery",
-                epochs=RECOVERY_EPOCHS,
-                steps=RECOVERY_STEPS,
+                epochs=RECOVERY_EPOCHS if self.recover is None else LONGEST,
+                steps=RECOVERY_STEPS if self.recover is None else None,
                 seconds=None if self.recover is None else 60 * self.recover,
                 seed=self.seed,
                 progress=self.recovering,

@@ -29,7 +29,7 @@ def slim(
     recover: float = typer.Option(
         None,
         min=0.01,
-        help="Minutes at most for each training that a recipe needs. Default: five epochs or 1,000 steps.",
+        help="Minutes for each training that a recipe needs. Default: five epochs or 1,000 steps.",
     ),
     arch: str = typer.Option(None, help="The timm name of a weight file's network."),
     weights: str = typer.Option(None, help="A weight file, or 'pretrained' for timm's (fetched from its hub)."),
