@@ -152,11 +152,11 @@ def slim(
     ``budget`` as in lissom.search.budget (default: one point of drop). ``techniques`` limits the search to some,
     ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search, which is
     "linas" (predictors decide what is worth measuring), "joint" (the same, with every size of a sub-network and every
-    layer's precision searched by itself), "nsga2" or "random". ``train`` epochs of training come first
-    where the model arrives untrained. ``recover`` is how many minutes each training that a recipe needs
-    takes, in place of five epochs or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a weight file, or
-    ``pretrained`` for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one.
-    ``meter`` replaces the device's own.
+    layer's precision searched by itself), "nsga2" or "random". ``train`` epochs of training come first where the model
+    arrives untrained. ``recover`` is how many minutes each training that a recipe needs takes, in place of five epochs
+    or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a weight file, or ``pretrained`` for
+    timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one. ``meter`` replaces the
+    device's own.
 
     Raises LissomError for bad input; a technique that fails becomes a row of the result instead.
     """
