@@ -61,6 +61,7 @@ class Recoverer:
         self.plan, self.task, self.target, self.folder = plan, task, target, folder
         self.epochs, self.steps, self.seconds, self.seed = epochs, steps, seconds, seed
         self.progress, self.threads = progress, threads
+        self._last: tuple[str, Plan] | None = None  # the sub-network taken out last, and what it was
 
     def recover(self, recipe: Recipe, plan: Plan) -> Plan:
         """``plan``, which ``recipe`` made, with trained weights; as it is where no technique asks for training.
@@ -107,12 +108,17 @@ class Recoverer:
         start = self.plan
         for technique in front:
             start = technique.apply(start, self.task)
-        form = Recipe((*(t.training_form() or t for t in front), subnet.training_form()))
-        network = subnet.super_network(start, self.task)
-        self._train_super_network(network, form)
-        own = replace(subnet.taken(start, network, self.task), recovery=())
-        assert self.task.fit is not None
-        recalibrate(own.model, self.task.fit)
+        name = self._name(Recipe((*(t.training_form() or t for t in front), subnet.training_form())))
+        text = f"{name} {subnet.as_searched(start)}"
+        # Recipes that differ in precision alone come one after the other, and share the conversion of one model.
+        if self._last is None or self._last[0] != f"{self.folder} {text}":
+            network = subnet.super_network(start, self.task)
+            self._train_super_network(network, name)
+            own = replace(subnet.taken(start, network, self.task), recovery=())
+            assert self.task.fit is not None
+            recalibrate(own.model, self.task.fit)
+            self._last = f"{self.folder} {text}", own
+        own = self._last[1]
         plan = own
         for technique in rest.techniques:
             plan = technique.apply(plan, self.task)
@@ -120,13 +126,11 @@ class Recoverer:
             return plan
         other = copy.copy(self)
         other.plan = own
-        key = f"{self._name(form)} {subnet.as_searched(start)}"
-        other.folder = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        other.folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         return other.recover(rest, plan)
 
-    def _train_super_network(self, network: Any, form: Recipe) -> None:
+    def _train_super_network(self, network: Any, name: str) -> None:
         """Give the super-network its trained weights: from the folder, where they lie there already."""
-        name = self._name(form)
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             network.load_state_dict(load_file(path))
