@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lissom.data.sources import DataSet
+    from lissom.images import Preprocessing
     from lissom.tasks.task import Task
     from lissom.training.methods.base import Method
 
@@ -26,6 +28,10 @@ def fit(
         None, help="For pela: low_rank(ratio=2, ...) as text, or a slim run's result.json that holds one."
     ),
     epochs: int = typer.Option(10, min=1, help="Epochs."),
+    then: str = typer.Option(
+        None, help="Data to train on afterwards, supervised, with a new head where they have other classes."
+    ),
+    then_epochs: int = typer.Option(None, min=1, help="Epochs on --then. Default: --epochs."),
     batch: int = typer.Option(64, min=1, help="Samples a step."),
     optimizer: str = typer.Option("adamw", help="adamw, muon (fewer epochs for networks of linear layers) or sgd."),
     lr: float = typer.Option(None, help="Highest learning rate; by default it follows from the batch."),
@@ -53,6 +59,7 @@ def fit(
     """
     import json
     import warnings
+    from operator import methodcaller
     from pathlib import Path
 
     warnings.simplefilter("ignore")  # other libraries' remarks
@@ -72,7 +79,10 @@ def fit(
     from lissom.training.methods.distillation import Distillation
 
     remarks = console.remarks()
+    if then is None and then_epochs is not None:
+        raise LissomError("--then-epochs are given and no --then; name the data to train on afterwards")
     found = read(data)
+    afterwards = None if then is None else read(then)
     loaded = load_model(model, arch=arch, weights=weights, num_classes=len(found.classes) or None, seed=seed)
     preprocessing = loaded.preprocessing(found.image_size)
     task = task_of(found, preprocessing=preprocessing, trained_here=found.trainable, seed=seed)
@@ -89,6 +99,7 @@ def fit(
             )
         network = with_head(network, len(found.classes), seed)
         remarks.print(f"the head is new: {len(found.classes)} outputs")
+    target = None if afterwards is None else _following(task, afterwards, preprocessing, seed)
 
     chosen: str | Method = method
     technique = ""
@@ -113,60 +124,86 @@ def fit(
         quality = "" if event.quality is None else f"  {task.metric} {event.quality:.2f} %"
         remarks.print(f"epoch {event.epoch}/{event.epochs}  loss {event.loss:.4f}{quality}  {event.seconds:.1f} s")
 
-    result = train(
-        network,
-        task,
-        method=chosen,
-        epochs=epochs,
-        batch=batch,
-        lr=lr,
-        optimizer=optimizer,
-        augment=None if augment else False,
-        flip=flip,
-        seed=seed,
-        folder=folder,
-        resume=resume,
-        precision=precision,
-        devices=devices,
-        threads=threads,
-        time_limit=None if time is None else 60 * time,
-        progress=line,
-    )
-    if result.stopped == "time":
-        remarks.print(f"the time was up in epoch {len(result.history)} of {epochs}")
-    original = getattr(chosen, "teacher", None)
-    known = task.report.labels is not None or original is not None
-    judged = evaluate(network, task, task.report, original=original) if known else None
-    state = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
-    metadata = {"format": "pt", "network": model, "classes": json.dumps(list(found.classes))}
-    if technique:
-        metadata["recipe"] = technique
-    content = save(state, metadata)
-    write_file(folder / "model.safetensors", lambda file: file.write(content))
-    history = {
-        "model": model,
-        "data": data,
-        "metric": task.metric,
-        "history": list(result.history),
-        "best_epoch": result.best_epoch,
-        "report": None if judged is None else {"quality": judged.value, "quality_ci": [judged.low, judged.high]},
-        "weights": str(folder / "model.safetensors"),
-        "seed": seed,
-        "seconds": result.seconds,
-        "stopped": result.stopped,
-        "torch": torch.__version__,
-        **({"recipe": technique} if technique else {}),
-    }
-    write_atomic(folder / "history.json", json.dumps(history, indent=1))
+    trainings = [(task, chosen, data, epochs, folder if target is None else folder / "first")]
+    if target is not None:
+        trainings.append((target, method_of("supervised"), str(then), then_epochs or epochs, folder))
+    histories: list[dict[str, Any]] = []
+    for task, chosen, source, count, place in trainings:
+        if histories and task.classes != trainings[0][0].classes:
+            network = with_head(network, len(task.classes), seed)
+            remarks.print(f"the head is new: {len(task.classes)} outputs")
+        result = train(
+            network,
+            task,
+            method=chosen,
+            epochs=count,
+            batch=batch,
+            lr=lr,
+            optimizer=optimizer,
+            augment=None if augment else False,
+            flip=flip,
+            seed=seed,
+            folder=place,
+            resume=resume,
+            precision=precision,
+            devices=devices,
+            threads=threads,
+            time_limit=None if time is None else 60 * time,
+            progress=line,
+        )
+        if result.stopped == "time":
+            remarks.print(f"the time was up in epoch {len(result.history)} of {count}")
+        original = getattr(chosen, "teacher", None)
+        known = task.report.labels is not None or original is not None
+        judged = evaluate(network, task, task.report, original=original) if known else None
+        state = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
+        metadata = {"format": "pt", "network": model, "classes": json.dumps(list(task.classes))}
+        if technique:
+            metadata["recipe"] = technique
+        content = save(state, metadata)
+        write_file(place / "model.safetensors", methodcaller("write", content))
+        history: dict[str, Any] = {
+            "model": model,
+            "data": source,
+            "metric": task.metric,
+            "history": list(result.history),
+            "best_epoch": result.best_epoch,
+            "report": None if judged is None else {"quality": judged.value, "quality_ci": [judged.low, judged.high]},
+            "weights": str(place / "model.safetensors"),
+            "seed": seed,
+            "seconds": result.seconds,
+            "stopped": result.stopped,
+            "torch": torch.__version__,
+            **({"recipe": technique} if technique else {}),
+            **({"first": histories[0]} if histories else {}),
+        }
+        write_atomic(place / "history.json", json.dumps(history, indent=1))
+        histories.append(history)
+        if not as_json:
+            results = console.results()
+            if judged is not None:
+                results.print(
+                    f"{task.metric}: {judged.value:.2f} % ({judged.low:.2f} to {judged.high:.2f}) on held-out data"
+                )
+            results.print(f"weights: {place / 'model.safetensors'}")
     if as_json:
-        print(json.dumps(history, indent=1))
-    else:
-        results = console.results()
-        if judged is not None:
-            results.print(
-                f"{task.metric}: {judged.value:.2f} % ({judged.low:.2f} to {judged.high:.2f}) on held-out data"
-            )
-        results.print(f"weights: {folder / 'model.safetensors'}")
+        print(json.dumps(histories[-1], indent=1))
+
+
+def _following(task: Task, data: DataSet, preprocessing: Preprocessing | None, seed: int) -> Task:
+    """The task of ``data``, whose images come as a network of ``task`` knows them. Raises LissomError where it is of
+    another kind, or a network could not be given a head for it."""
+    from lissom.errors import LissomError
+    from lissom.tasks.of_data import task_of
+
+    if data.kind != task.kind:
+        raise LissomError(f"the data are for {task.kind}, and those of --then for {data.kind}; give two of one kind")
+    found = task_of(data, preprocessing=preprocessing, trained_here=data.trainable, seed=seed)
+    if found.fit is None or not len(found.fit):
+        raise LissomError(f"the data {data.name!r} of --then have nothing to train on; give a train/ folder")
+    if found.classes != task.classes and (task.kind != "classification" or not found.classes):
+        raise LissomError("a network gets a new head for other classes of images alone; give --then the same classes")
+    return found
 
 
 def low_rank_stage(

@@ -18,7 +18,7 @@ from lissom.errors import NotApplicable
 from lissom.export.capture import capture
 from lissom.layers.exits import OwnExit, exits_of
 
-__all__ = ["CutPoint", "check_cut", "cut_points", "own_exit_costs"]
+__all__ = ["CutPoint", "check_cut", "cut_points", "evenly", "own_exit_costs"]
 
 
 # An export takes seconds, and one model is asked for many places.
@@ -33,6 +33,14 @@ class CutPoint:
     path: str
     shape: tuple[int, ...]
     done: float
+
+
+def evenly(paths: Sequence[str], count: int) -> list[str]:
+    """``count`` of the places, evenly spread, the ends left out where there are more than enough."""
+    if count >= len(paths):
+        return list(paths)
+    places = [round((i + 0.5) * len(paths) / count - 0.5) for i in range(count)]
+    return [paths[i] for i in dict.fromkeys(places)]
 
 
 def cut_points(model: nn.Module, shape: tuple[int, ...]) -> list[CutPoint]:

@@ -29,7 +29,7 @@ from torch import nn
 
 from lissom.errors import NotApplicable
 from lissom.export.capture import clone
-from lissom.export.cuts import CutPoint, check_cut, cut_points, own_exit_costs
+from lissom.export.cuts import CutPoint, check_cut, cut_points, evenly, own_exit_costs
 from lissom.export.plan import Exit, Plan
 from lissom.layers.exit_heads import build_head, head_kinds
 from lissom.layers.exits import (
@@ -248,7 +248,7 @@ class EarlyExit(Technique):
 
     def _paths(self, known: Sequence[str], model: nn.Module, places: Places | None) -> list[str]:
         if places is None:
-            return list(known) if self.heads == "published" else _spread(known, 3)
+            return list(known) if self.heads == "published" else evenly(known, 3)
         paths: list[str] = []
         for place in places:
             paths += known if place in EVERYWHERE else [_block(model, place) if isinstance(place, int) else place]
@@ -278,7 +278,7 @@ class EarlyExit(Technique):
                     "risk": (0.25, 0.5, 1.0, 2.0)}  # fmt: skip
         trained = exits_put_away(plan.model)
         known = trained.positions if trained is not None else positions(plan.model, plan.shape) if plan.shape else ()
-        choices = [(p,) for p in known] + [tuple(_spread(known, n)) for n in (2, 3, 4, MOST) if n <= len(known)]
+        choices = [(p,) for p in known] + [tuple(evenly(known, n)) for n in (2, 3, 4, MOST) if n <= len(known)]
         if len(known) > 3:
             choices += [(known[0], known[-1]), (known[0], known[len(known) // 2]), tuple(known[:2])]
         return {"at": list(dict.fromkeys(choices)), "risk": (0.25, 0.5, 1.0, 2.0)}
@@ -434,14 +434,6 @@ def _best_of_bins(points: Sequence[CutPoint]) -> list[CutPoint]:
     for point in points:
         bins.setdefault(min(MOST - 1, int((point.done - low) / width)), []).append(point)
     return [min(group, key=lambda p: (math.prod(p.shape), p.path.count("."), -p.done)) for group in bins.values()]
-
-
-def _spread(items: Sequence[str], count: int) -> list[str]:
-    """``count`` of the items, evenly spread, the ends left out where there are more than enough."""
-    if count >= len(items):
-        return list(items)
-    places = [round((i + 0.5) * len(items) / count - 0.5) for i in range(count)]
-    return [items[i] for i in dict.fromkeys(places)]
 
 
 @torch.no_grad()

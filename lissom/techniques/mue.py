@@ -23,7 +23,7 @@ from torch import nn
 
 from lissom.errors import NotApplicable
 from lissom.export.capture import clone
-from lissom.export.cuts import check_cut
+from lissom.export.cuts import check_cut, evenly
 from lissom.export.plan import Exit, Plan
 from lissom.layers.own_end import BlockStack, attach_own_ends, block_stacks, own_end_error
 from lissom.layers.token_clustering import remove_token_clusters, token_clusters_of
@@ -128,7 +128,7 @@ class SimilarityExit(Technique):
     def _paths(self, found: _Found) -> list[str]:
         """The blocks that are asked for, in order of execution."""
         if self.at is None:
-            return _spread(found.sensible, 3)
+            return evenly(found.sensible, 3)
         paths, first = found.stack.paths, found.stack.first
         wanted: set[str] = set()
         for place in self.at:
@@ -156,7 +156,7 @@ class SimilarityExit(Technique):
     @classmethod
     def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any]]:
         known = places(plan.model, plan.shape) if plan.shape else ()
-        choices = [(p,) for p in known] + [tuple(_spread(known, n)) for n in (2, 3, 4) if n <= len(known)]
+        choices = [(p,) for p in known] + [tuple(evenly(known, n)) for n in (2, 3, 4) if n <= len(known)]
         choices += [tuple(known[-n:]) for n in (2, 3) if n <= len(known)]
         return {"at": list(dict.fromkeys(choices)), "risk": (0.25, 0.5, 1.0, 2.0)} if choices else {}
 
@@ -214,10 +214,3 @@ def _check_end(model: nn.Module, stack: BlockStack, shape: tuple[int, ...]) -> N
             f"the model's end, run by itself behind {stack.paths[-1]}, answers otherwise than the model (by "
             f"{error:.1%} of its largest answer): more than that block's output reaches it"
         )
-
-
-def _spread(items: Sequence[str], count: int) -> list[str]:
-    """``count`` of the items, evenly spread, the ends left out where there are more than enough."""
-    if count >= len(items):
-        return list(items)
-    return [items[math.floor((i + 0.5) * len(items) / count)] for i in range(count)]

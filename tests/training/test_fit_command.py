@@ -132,15 +132,52 @@ def test_pela_makes_a_trained_model_low_rank_and_transfers_it(place, capsys):
     assert not torch.equal(second["2.0.weight"], state["2.0.weight"])
 
 
+def test_one_line_makes_low_rank_and_transfers(place, capsys):
+    """Two pictures' worth of data, the second of three classes and other sizes; cut off between the two, it goes on."""
+    for split, count in (("train", 12), ("val", 4)):
+        for label, colour in (("blue", (20, 20, 200)), ("green", (20, 200, 20)), ("red", (200, 20, 20))):
+            folder = place / "colours" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (11, 9), tuple(c + i for c in colour)).save(folder / f"{i}.png")
+    settings = "low_rank(ratio=2.0, features='none', perturbation_weight=1.0)"
+    line = [*PELA, "--recipe", settings, "--then", "colours", "--then-epochs", "6", "--out", "tuned"]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert "the head is new: 3 outputs" in said.err
+    assert said.out.count("on held-out data") == 2
+    first, second = (load_file(place / "tuned" / part / "model.safetensors") for part in ("first", "."))
+    assert first["6.weight"].shape == (2, 24)
+    assert second["6.weight"].shape == (3, 24)
+    assert first["2.0.weight"].shape == second["2.0.weight"].shape == (9, 48)
+    assert not torch.equal(first["2.0.weight"], second["2.0.weight"])
+    history = json.loads((place / "tuned" / "history.json").read_text())
+    assert (history["data"], history["first"]["data"]) == ("colours", "pictures")
+    assert [len(h["history"]) for h in (history["first"], history)] == [3, 6]
+    assert history["report"]["quality"] == 100
+
+    assert main(line) == 2  # an earlier run's folder
+    assert "--resume" in capsys.readouterr().err
+    for name in ("last.ckpt", "model.safetensors", "history.json"):
+        (place / "tuned" / name).unlink()
+    assert main([*line, "--resume"]) == 0
+    again = load_file(place / "tuned" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in second.items())
+    epochs = [text.split()[1] for text in capsys.readouterr().err.splitlines() if text.startswith("epoch")]
+    assert epochs == [f"{n}/6" for n in range(1, 7)]
+
+
 def test_pela_takes_the_ranks_of_a_slim_run(place, capsys):
     """Its result.json holds a recipe; what of it is no low_rank is left out, and said."""
-    recipe = "fuse() + low_rank(ranks=(('2', 5),), skip=('4', '6'), features='none') + int8()"
-    (place / "result.json").write_text(json.dumps({"best": {"recipe": recipe, "metrics": {}}}))
-    assert main([*PELA, "--recipe", "result.json", "--out", "thin"]) == 0
-    assert "left out of the recipe: fuse, int8" in capsys.readouterr().err
-    state = load_file(place / "thin" / "model.safetensors")
-    assert state["2.0.weight"].shape == (5, 48)
-    assert state["4.weight"].shape == (24, 32)
+    recipe = "fuse() + low_rank(RANKS, skip=('4', '6'), features='none') + int8()"
+    for number, (ranks, rank) in enumerate((("ranks=(('2', 5),)", 5), ("spread='energy', ratios=(('2', 3.0),)", 6))):
+        text = recipe.replace("RANKS", ranks)
+        (place / "result.json").write_text(json.dumps({"best": {"recipe": text, "metrics": {}}}))
+        assert main([*PELA, "--recipe", "result.json", "--out", f"thin{number}"]) == 0
+        assert "left out of the recipe: fuse, int8" in capsys.readouterr().err
+        state = load_file(place / f"thin{number}" / "model.safetensors")
+        assert state["2.0.weight"].shape == (rank, 48)
+        assert state["4.weight"].shape == (24, 32)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +216,8 @@ def test_pela_starts_from_trained_weights_only(place, capsys):
         (["--method", "distillation", "--teacher", "dark.py:small"], "normalise"),
         (["--method", "alchemy"], "known: delayed_shrinking, distillation, "),
         (["--data", "nowhere"], "nowhere"),
+        (["--then", "nowhere"], "nowhere"),
+        (["--then-epochs", "3"], "no --then"),
         (["--precision", "fp8"], "32-true"),
         (["--devices", "many"], "devices"),
     ],
