@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ from lissom.training.phases import fit_phases
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RATIOS = tuple(n / 50 for n in range(49, 2, -1))  # what is kept: of the multiplications, or of the channels
+NEAR = 0.05  # of the share asked for: farther off is marked on the page
 TOLERANCE = 0.02  # of the share of time that is searched for: nearer is within what a measurement tells
 STEPS_TIMED = 3  # trainings' steps that the cost is told from
 
@@ -147,20 +149,23 @@ def cost(options: argparse.Namespace) -> str:
     )
     if not jobs:
         return said
-    seconds = seconds_a_step(options)
-    whole = seconds * options.steps * len(jobs) / options.jobs
+    maker = Maker(options)
+    assert maker.task.fit is not None
+    seconds = seconds_a_step(maker, options)
+    steps = min(options.steps, options.epochs * (len(maker.task.fit) // BATCH))
+    judging = 2 * len(maker.task.report) / BATCH / 4  # in steps, of which a forward pass is a quarter
+    whole = seconds * (steps + judging) * len(jobs) / options.jobs
     return (
         f"{said}: about {whole / 60:.0f} minutes with {options.jobs} at once, from a step of the whole network"
         f" ({seconds:.2f} s); narrower ones take less, and processes that share processors more"
     )
 
 
-def seconds_a_step(options: argparse.Namespace) -> float:
+def seconds_a_step(maker: Maker, options: argparse.Namespace) -> float:
     """Of training the original from itself, on random images; the first step is not counted."""
-    maker = Maker(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(options.threads)
-    teacher, student = maker.base.model.to(device).eval(), clone(maker.base.model).to(device).train()
+    teacher, student = clone(maker.base.model).to(device).eval(), clone(maker.base.model).to(device).train()
     images = torch.randn(BATCH, *maker.task.shape, device=device)
     start = 0.0
     for step in range(1 + STEPS_TIMED):
@@ -236,8 +241,12 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 
 def structures(arm: Arm, maker: Maker, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The different structures of an arm's family, the most multiplications first, each with its largest ratio."""
-    found: dict[str, dict[str, Any]] = {}
+    """The structures of an arm's family from the mildest ratio on, each with fewer multiplications than all before it.
+
+    Torch-Pruning leaves a layer whole where rounding would leave nothing of it, so that a harsher ratio may remove
+    less: nobody would take that one.
+    """
+    found: list[dict[str, Any]] = []
     for ratio in RATIOS:
         try:
             plan = made(arm, ratio, maker, options)
@@ -246,8 +255,9 @@ def structures(arm: Arm, maker: Maker, options: argparse.Namespace) -> list[dict
         with torch.no_grad():
             plan.model(torch.zeros(1, *maker.task.shape))  # what does not run is no structure
         one = {"ratio": ratio, **figures(plan)}
-        found.setdefault(one["signature"], one)
-    return sorted(found.values(), key=lambda one: -one["macs"])
+        if not found or one["macs"] < found[-1]["macs"]:
+            found.append(one)
+    return found
 
 
 # 1. Times
@@ -418,7 +428,7 @@ def train_one(options: argparse.Namespace) -> None:
     folder = result_file(options, options.job).with_suffix("")
     fit_phases(
         plan.model,
-        maker.task,
+        maker.task.with_splits(choose=maker.task.choose.sample(32, 0)),  # judged every epoch, and nobody reads that
         [Phase((Answers(),))],
         original=maker.base.model,
         epochs=options.epochs,
@@ -437,6 +447,7 @@ def train_one(options: argparse.Namespace) -> None:
         "device": "GPU" if torch.cuda.is_available() else "CPU",
     }  # fmt: skip
     write_atomic(result_file(options, options.job), json.dumps(result))
+    shutil.rmtree(folder, ignore_errors=True)
     print(f"{options.job}: {before.value:.2f} % before, {after.value:.2f} % behind the training")
 
 
@@ -478,7 +489,8 @@ def page(options: argparse.Namespace, maker: Maker, whole: float) -> str:
         f" ({' and '.join(devices)}), once for each of {options.seeds} seed{'s' * (options.seeds != 1)}; accuracy is"
         " the mean over the seeds, with its 95 % interval by Student's t."
         f" Torch-Pruning {torch_pruning_version()}: `MagnitudePruner`, L2 norm of groups, round_to={options.round_to}."
-        " Rankings of one cropping have the same widths, hence one time.",
+        " Rankings of one cropping have the same widths, hence one time. †: more than"
+        f" {100 * NEAR:.0f} % from the time asked; no structure that was tried is nearer.",
         "",
         "| time asked | method | ratio | time | multiplications | parameters | before training, % | after, % | drop |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -489,10 +501,11 @@ def page(options: argparse.Namespace, maker: Maker, whole: float) -> str:
             timed = times[one["signature"]]
             low, high = timed["interval"]
             rows = results[arm, share]
+            far = " †" if abs(timed["share"] / share - 1) > NEAR else ""
             before = sum(row["before"] for row in rows) / len(rows)
             after = [row["after"] for row in rows]
             lines.append(
-                f"| {share:g} | {arm.title} | {one['ratio']:.2f} | {timed['share']:.3f} [{low:.3f}, {high:.3f}] |"
+                f"| {share:g} | {arm.title} | {one['ratio']:.2f} | {timed['share']:.3f} [{low:.3f}, {high:.3f}]{far} |"
                 f" {one['macs'] / original['macs']:.2f} | {one['parameters'] / original['parameters']:.2f} |"
                 f" {before:.1f} | {with_interval(after)} | {whole - sum(after) / len(after):.2f} |"
             )

@@ -138,8 +138,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("structure", STRUCTURE)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "structure"), [("users", STRUCTURE[0]), ("tangled", STRUCTURE[1])])
 def test_from_the_command_line(tmp_path, capsys, pictures, name, structure):
     """``lissom slim file.py:function``, measured here, and ``lissom predict`` with what comes out."""
     source = given_models() if name == "users" else Path(tangled.__file__)
