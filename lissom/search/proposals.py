@@ -1,6 +1,6 @@
 """What to try next: a pure function of the seed and the trials so far, so that a killed run goes on as it would have.
 
-First the baseline, plain int8, each technique alone at its default, and their composition. Then LINAS over the space of
+First the baseline, plain int8, each technique alone as it opens, and their composition. Then LINAS over the space of
 recipes (SimQ-NAS, arXiv 2312.13301; see lissom/search/linas.py and recipes.py): batch by batch, what the predictors
 fitted on all earlier trials take for the best recipes that were not tried. "joint" is LINAS over the fine form of that
 space, in which every size of a sub-network and the precision of every layer is an entry of its own. For comparison
