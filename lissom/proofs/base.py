@@ -10,6 +10,7 @@ A proof is one function in a file of its own::
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import time
@@ -26,6 +27,7 @@ __all__ = [
     "NOT_SHOWN",
     "SHOWS",
     "Claim",
+    "KeptFigures",
     "ProofResult",
     "Row",
     "Settings",
@@ -51,6 +53,33 @@ class Settings:
     seeds: tuple[int, ...]
     progress: Callable[[str], None]
     folder: Path
+
+
+class KeptFigures:
+    """Finished parts of a proof in ``settings.folder / file``, a line each, so that a run that was killed goes on.
+
+    ``what`` says in words what decides the figures beside a part's name and seed: data, sizes. A part that was kept
+    under other words is computed anew.
+    """
+
+    def __init__(self, settings: Settings, file: str, what: str) -> None:
+        self._path, self._what = settings.folder / file, what
+        self._known: dict[tuple[str, str, int], dict[str, float]] = {}
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                self._known[entry["what"], entry["part"], entry["seed"]] = entry["figures"]
+            except (ValueError, KeyError, TypeError):  # a kill cut the line short
+                continue
+
+    def get(self, part: str, seed: int, figures: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """The figures of a part by name, as they were kept, else as ``figures`` returns them."""
+        key = (self._what, part, seed)
+        if key not in self._known:
+            self._known[key] = found = dict(figures())
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps({"what": self._what, "part": part, "seed": seed, "figures": found}))
+        return self._known[key]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:

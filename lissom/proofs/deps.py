@@ -13,7 +13,6 @@ whole network, the smallest sub-network, and the mean over random ones, each wit
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from lissom.layers.elastic import draw_setting, largest, smallest
 from lissom.meters.costs import total
 from lissom.models.ofa import OFAMobileNetV3
 from lissom.proofs.arms import better, built, data_set, image_task, no_worse
-from lissom.proofs.base import Claim, ProofResult, Row, Settings
+from lissom.proofs.base import Claim, KeptFigures, ProofResult, Row, Settings
 from lissom.registry import register
 from lissom.tasks.task import Task
 from lissom.training.loop import evaluate, fit
@@ -78,7 +77,7 @@ def deps(settings: Settings) -> ProofResult:
     data = data_set("cifar10", quick=settings.quick)
     scale = QUICK if settings.quick else CIFAR if data.name == "cifar10" else DIGITS
     found: dict[str, dict[str, list[float]]] = {}
-    kept = _Kept(settings, f"{data.name} {scale}")
+    kept = KeptFigures(settings, KEPT, f"{data.name} {scale}")
     costs = None
     for seed in settings.seeds:
         task = image_task(data, scale.side, seed, train=scale.train, held_out=scale.held_out)
@@ -94,7 +93,11 @@ def deps(settings: Settings) -> ProofResult:
                 train(network, task, seed)
                 return _judged(network, task, scale.judged)
 
-            for metric, value in kept.get(name, seed, figures).items():
+            done = kept.get(name, seed, figures)
+            settings.progress(
+                f"seed {seed}: {name}: whole {done['whole']:.1f} %, random sub-networks {done['random']:.1f} %"
+            )
+            for metric, value in done.items():
                 found.setdefault(name, {}).setdefault(metric, []).append(value)
     assert costs is not None
     return _result(data.name, scale, costs, found)
@@ -241,30 +244,6 @@ def _judged(network: Any, task: Task, count: int) -> dict[str, float]:
         "smallest": accuracy(smallest(network)),
         "random": sum(random) / len(random),
     }
-
-
-class _Kept:
-    """Finished arms in the proof's folder, one line each, so that a run that was killed goes on."""
-
-    def __init__(self, settings: Settings, what: str) -> None:
-        self._path, self._what, self._tell = settings.folder / KEPT, what, settings.progress
-        self._known: dict[tuple[str, str, int], dict[str, float]] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else ():
-            try:
-                entry = json.loads(line)
-                self._known[entry["what"], entry["arm"], entry["seed"]] = entry["figures"]
-            except (ValueError, KeyError, TypeError):  # a kill cut the line short
-                continue
-
-    def get(self, arm: str, seed: int, figures: Callable[[], dict[str, float]]) -> dict[str, float]:
-        key = (self._what, arm, seed)
-        if key not in self._known:
-            self._known[key] = found = figures()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps({"what": self._what, "arm": arm, "seed": seed, "figures": found}))
-        found = self._known[key]
-        self._tell(f"seed {seed}: {arm}: whole {found['whole']:.1f} %, random sub-networks {found['random']:.1f} %")
-        return found
 
 
 # What came of it

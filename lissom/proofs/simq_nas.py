@@ -34,6 +34,7 @@ from lissom.proofs.base import (
     NOT_SHOWN,
     SHOWS,
     Claim,
+    KeptFigures,
     ProofResult,
     Row,
     Settings,
@@ -367,13 +368,21 @@ def features_of(space: SearchSpace) -> Callable[[np.ndarray], np.ndarray]:
 
 @register("proof", "simq_nas")
 def simq_nas(settings: Settings) -> ProofResult:
-    """Three searches over architecture and precision together, and LINAS over each alone, seed by seed."""
+    """Three searches over architecture and precision together, and LINAS over each alone, seed by seed.
+
+    Finished seeds are kept in the proof's folder: a run that was killed goes on with the next.
+    """
     data = _data(settings.quick)
     scale = QUICK if settings.quick else FULL
     figures: dict[str, list[float]] = {}
+    kept = KeptFigures(settings, "seeds.jsonl", f"{data.name} {scale}")
     for seed in settings.seeds:
-        task, elastic = _trained(data, seed, scale, settings)
-        for name, value in _compare(task, elastic, seed, scale, settings).items():
+
+        def compared(seed: int = seed) -> dict[str, float]:
+            task, elastic = _trained(data, seed, scale, settings)
+            return _compare(task, elastic, seed, scale, settings)
+
+        for name, value in kept.get("all", seed, compared).items():
             figures.setdefault(name, []).append(value)
     return _judged(data, figures, scale, settings)
 

@@ -14,6 +14,7 @@ from lissom.proofs.base import (
     NOT_SHOWN,
     SHOWS,
     Claim,
+    KeptFigures,
     ProofResult,
     Row,
     Settings,
@@ -124,3 +125,28 @@ def test_what_run_proof_refuses(proof, tmp_path):
     file.write_text("")
     with pytest.raises(LissomError, match="cannot be made"):
         run_proof("planted", folder=Path(file) / "inside")
+
+
+def test_finished_parts_are_kept_and_a_line_cut_short_is_not(tmp_path) -> None:
+    settings = Settings(True, (0, 1), lambda text: None, tmp_path)
+    asked = []
+
+    def figures(value: float):
+        def made() -> dict[str, float]:
+            asked.append(value)
+            return {"error": value}
+
+        return made
+
+    kept = KeptFigures(settings, "kept.jsonl", "digits")
+    assert [kept.get("a", 0, figures(1.5)), kept.get("a", 1, figures(2.5))] == [{"error": 1.5}, {"error": 2.5}]
+    again = KeptFigures(settings, "kept.jsonl", "digits")
+    assert again.get("a", 0, figures(9.0)) == {"error": 1.5}
+    assert KeptFigures(settings, "kept.jsonl", "cifar10").get("a", 0, figures(3.5)) == {"error": 3.5}
+    path = tmp_path / "kept.jsonl"
+    whole = path.read_text().splitlines()
+    path.write_text("\n".join(whole[:2])[:-5])  # a kill in the middle of a line
+    cut = KeptFigures(settings, "kept.jsonl", "digits")
+    assert cut.get("a", 0, figures(4.5)) == {"error": 4.5}
+    assert KeptFigures(settings, "kept.jsonl", "digits").get("a", 0, figures(9.0)) == {"error": 4.5}
+    assert asked == [1.5, 2.5, 3.5, 4.5]
