@@ -134,6 +134,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path, Task]:
     return plan, path, of
 
 
+@pytest.mark.full
 def test_samples_leave_by_their_similarity_with_a_promise(staged: tuple[Plan, Path, Task]) -> None:
     plan, path, _ = staged
     artifact = load(path).artifact

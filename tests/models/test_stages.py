@@ -123,7 +123,7 @@ def test_a_checkpoint_of_the_publisher_loads(name: str) -> None:
         from_published(name, state)
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", ["effnet_b0", pytest.param("regnety_800mf_dWr4", marks=pytest.mark.full)])
 def test_a_narrow_one_does_what_networks_do(name: str) -> None:
     x = images(2, 3, 67, 91)
     check_trains(small(name, **NARROW[name]), x)

@@ -257,8 +257,8 @@ def test_every_technique_survives_a_kill(tmp_path, name):
         assert lines(folder) == lines(tmp_path / "whole")
 
 
-# Those that a test in a file beside this one takes through the main job in make test come here in make test-full only.
-ELSEWHERE = ("crop", "subnet")
+# Those that other tests, here or in a file beside, take through the main job in make test come in make test-full only.
+ELSEWHERE = ("bf16", "crop", "fuse", "int8", "subnet")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in ELSEWHERE else n for n in EVERY])

@@ -60,12 +60,14 @@ NETWORKS = {"users": users_cnn, "tangled": tangled_cnn}
 BOTH = tuple(("users", structure) for structure in STRUCTURE)
 
 
-# test_subnet.py beside this file takes the tangled network through subnet in make test.
+# test_subnet.py beside this file takes the tangled network through subnet in make test, test_crop.py through crop.
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "structure"),
     [
         ("tangled", STRUCTURE[0]),
-        *(pytest.param(n, s, marks=pytest.mark.full) for n, s in (("tangled", STRUCTURE[1]), *BOTH)),
+        ("tangled", STRUCTURE[1]),
+        *BOTH,
     ],
 )
 def test_all_of_it_is_exported_and_answers(tmp_path, name, structure):

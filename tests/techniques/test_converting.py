@@ -219,7 +219,8 @@ def recoverer(model: nn.Module, of: Task, folder: Path, progress=None) -> Recove
     )
 
 
-@pytest.mark.parametrize("labelled", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("labelled", [True, False])
 def test_one_recovery_trains_head_autoencoder_and_light_network(tmp_path, labelled) -> None:  # type: ignore[no-untyped-def]
     model, of = trained(cnn), task(labelled)
     told: list[FitEvent] = []

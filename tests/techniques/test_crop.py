@@ -227,7 +227,7 @@ def test_ranks_of_thin_layers_are_no_channels_of_its(resnet):
         "crop(keep=0.6) + low_rank() + int8(model_type='plain')",
         "fuse() + crop(keep=0.6) + early_exit(at=('layer2',)) + bf16()",
         "cascade(first=(crop(keep=0.4)), second=())",
-        "crop(keep=0.6) + dynamic_perceiver(latents=8, depths=(1, 1, 1, 1))",
+        pytest.param("crop(keep=0.6) + dynamic_perceiver(latents=8, depths=(1, 1, 1, 1))", marks=pytest.mark.full),
     ],
 )
 def test_what_it_stands_beside(resnet, text):

@@ -194,7 +194,8 @@ def test_the_branch_computes_what_the_ready_network_does(plan: Plan) -> None:
         torch.testing.assert_close(own, other)
 
 
-@pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("quantised", [False, True])
 def test_cut_equals_joint(plan: Plan, quantised: bool) -> None:
     inputs = patterns(8, 3)[0]
     if quantised:

@@ -28,7 +28,8 @@ class Device:
         return [self.intercept + self.slope * getattr(cost, self.by) for cost in costs]
 
 
-@pytest.mark.parametrize("by", ["activations", pytest.param("macs", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("by", ["activations", "macs"])
 def test_the_budget_is_used_and_kept(by: str) -> None:
     device = Device(by, slope=1e-7 if by == "activations" else 1e-9)
     # Of small images the last maps have so few places that one more is half as much again, and a budget is left unused.

@@ -112,7 +112,7 @@ def test_no_gradient_reaches_the_teacher(task: Task) -> None:
     assert network.blocks[2].project.conv.weight.grad is None
 
 
-@pytest.mark.parametrize("teachers", ["current", "snapshots"])
+@pytest.mark.parametrize("teachers", [pytest.param("current", marks=pytest.mark.full), "snapshots"])
 def test_a_training_cut_off_goes_on(task: Task, tmp_path: Path, teachers: str) -> None:
     method = {"teachers": teachers, "start": 0.25, "every": 0.2, "ramp": 0.3}
     whole, parts = super_network(), super_network()
@@ -166,6 +166,7 @@ def test_resolutions_are_drawn_a_batch(task: Task) -> None:
     assert seen == [(4, 1, 6, 6)]
 
 
+@pytest.mark.full
 def test_sub_networks_learn(task: Task) -> None:
     network = super_network()
     before = recalibrate(network.extract(smallest(network)), task.fit)
