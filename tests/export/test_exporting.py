@@ -113,8 +113,10 @@ def test_int8_on_onnx_follows_the_policy(vit, tmp_path):
             and source.op_type in ("DequantizeLinear", "Transpose")
         }
 
+    everything = quantised(export(vit, tmp_path / "all", "int8(products=32)", "onnxruntime"))
     kept = quantised(export(vit, tmp_path / "kept", "int8(products=32, keep=('blocks.0', 'head'))", "onnxruntime"))
     linears = {path for path, m in vit.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert everything == linears
     assert kept == {p for p in linears if not p.startswith(("blocks.0", "head"))}
 
 

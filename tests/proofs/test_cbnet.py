@@ -106,6 +106,6 @@ def test_quick_for_real() -> None:
     result = run_proof("cbnet", quick=True, seeds=2)
     rows = {(row.name, row.metric): row.mean for row in result.rows}
     assert rows[f"clean, {cbnet.WHOLE}", "accuracy"] > 85
-    for arm in ("CBNet, prototype", cbnet.LIGHT):  # which of them has more depends on the arithmetic, this small
+    for arm in ("CBNet, prototype", cbnet.LIGHT):  # which of them has more is the proof's to say
         assert 0 < rows[f"clean, {arm}", "images below the threshold"] <= 100
     assert all(claim.verdict in VERDICTS and claim.evidence for claim in result.claims)

@@ -32,7 +32,8 @@ PLAIN = "int8(model_type='plain', linear='matmul', products=8)"
 def test_a_cascade_is_slimmed_to(tmp_path: Path, recipe: str) -> None:
     net = standin.transformer()
     one = standin.run(tmp_path / "r", net=net, recipe=recipe, recover=0.05)
-    assert [t.role for t in one.trials][:3] == ["baseline", "plain int8", "given"]
+    # A recipe of two techniques has its beginning measured too.
+    assert len(one.trials) == (4 if recipe.endswith(PLAIN) else 3)
     assert all(t.ok for t in one.trials), [t.reason for t in one.trials]
     assert re.sub(r"int8\(.*?\)(?=[ ),]|$)", "int8()", one.best.recipe) == re.sub(
         r"int8\(.*?\)(?=[ ),]|$)", "int8()", recipe
