@@ -2,9 +2,12 @@
 
 ``python standin.py FOLDER [--resume] [--kill EVENTS] [--after SECONDS] [--only TECHNIQUE]``: kills itself with SIGKILL
 after so many events, or so many seconds; with ``--only`` it slims a small transformer by that technique alone.
+``forked`` does the same in a process that finds everything imported: imports are half of such a run.
 """
 
+import contextlib
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -105,9 +108,8 @@ def run(folder, **options):
         return slimming.slim(net, out=folder, threads=1, budget="latency<=0.7x, drop<=5", **options)
 
 
-def main():
+def main(folder, words):
     events, seconds = None, None
-    words = sys.argv[2:]
     if "--kill" in words:
         events = int(words[words.index("--kill") + 1])
     if "--after" in words:
@@ -128,8 +130,24 @@ def main():
     options = {}
     if "--only" in words:
         options = {"net": transformer(), "techniques": (words[words.index("--only") + 1],), "trials": 4}
-    run(Path(sys.argv[1]), resume="--resume" in words, progress=progress, **options)
+    run(folder, resume="--resume" in words, progress=progress, **options)
+
+
+def logged(folder, words):
+    with (folder.parent / "log").open("a") as log, contextlib.redirect_stderr(log):
+        main(folder, words)
+
+
+def forked(folder, *words):
+    """``main`` in a process of its own, whose exit code is returned (-9: it was killed); errors go to ``log`` beside
+    the folder. The process is forked from a server that has imported what a run imports and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.slimming.imports"])
+    process = context.Process(target=logged, args=(folder, words))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), sys.argv[2:])

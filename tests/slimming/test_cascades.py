@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,7 @@ import lissom
 from lissom.errors import LissomError
 from lissom.runtime.artifact import Artifact
 from lissom.techniques.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).parent))
-import standin
+from tests.slimming import standin
 
 PLAIN = "int8(model_type='plain', linear='matmul', products=8)"
 

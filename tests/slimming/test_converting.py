@@ -12,10 +12,7 @@ import pytest
 
 import lissom
 from lissom.runtime.artifact import Artifact
-
-sys.path.insert(0, str(Path(__file__).parent))
-import standin
-
+from tests.slimming import standin
 from tests.techniques.test_converting import cnn, task, trained
 
 RECIPE = "converting(hidden=(48,), code=8)"

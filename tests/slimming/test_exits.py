@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,7 @@ from lissom.images import Preprocessing
 from lissom.runtime.artifact import Artifact
 from lissom.tasks.task import Task
 from tests.models.tiny_perceiver import SHAPE, patterns, trained
-
-sys.path.insert(0, str(Path(__file__).parent))
-import standin
+from tests.slimming import standin
 
 SIZES = {"fit": 64, "choose": 1200, "report": 300}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,7 @@ from lissom.models.factory import create_model
 from lissom.runtime.artifact import Artifact
 from lissom.tasks.task import Task
 from tests.models.tiny_perceiver import SHAPE, patterns, trained
-
-sys.path.insert(0, str(Path(__file__).parent))
-import standin
+from tests.slimming import standin
 
 
 def task() -> Task:

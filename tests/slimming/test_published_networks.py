@@ -1,17 +1,12 @@
 """The main job on published networks of several kinds, in small: with the stand-in for the meter, every technique."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import lissom
 from lissom.models.factory import create_model
 from lissom.registry import parts
-
-sys.path.insert(0, str(Path(__file__).parent))
-import standin
+from tests.slimming import standin
 
 EVERY = tuple(part.name for part in parts("technique"))
 NETWORKS = {

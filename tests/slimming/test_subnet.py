@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from torch import nn
 
 from lissom.runtime.artifact import Artifact
 from tests.layers.tangled import Tangled
-
-sys.path.insert(0, str(Path(__file__).parent))
-import standin
+from tests.slimming import standin
 
 
 def given(result: Any) -> Any:
