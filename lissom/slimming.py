@@ -44,7 +44,7 @@ from lissom.runtime.artifact import Artifact, write_atomic
 from lissom.runtime.backends import Stages, inspect
 from lissom.runtime.target import RUNTIMES, Target, default_threads
 from lissom.search.budget import Budget, check_direction
-from lissom.search.choosing import cost, pareto, rank
+from lissom.search.choosing import cost, pareto, promising, rank
 from lissom.search.proposals import SEARCHES, batch_size, propose
 from lissom.search.runs import Run
 from lissom.search.trials import Metrics, Trial
@@ -63,6 +63,9 @@ VERIFICATION = 32  # real images on which an export is compared with its model
 TRIALS = 12
 RECOVERY_EPOCHS, RECOVERY_STEPS = 5, 1000  # the shorter of both: steps, because minutes depend on the machine
 LONGEST = 500  # epochs of a recovery that minutes limit
+TUNED = "tuned"  # role of a trial whose recipe had the training that the search saved
+TUNINGS = 3  # of those at most: by halves they decide among seven
+NEAR = 3.0  # points beyond the budget that such a training may bring back
 PART = "part"  # role of a trial that is the beginning of the winner's recipe
 DEMO_EPOCHS = 8
 DEMO_TRAINING = {"batch": 16, "lr": 1e-3, "augment": False}  # 1,300 small digits: many short steps
@@ -152,11 +155,12 @@ def slim(
     ``budget`` as in lissom.search.budget (default: one point of drop). ``techniques`` limits the search to some,
     ``recipe`` applies one recipe without a search. ``trials`` (12) and ``time`` (minutes) bound the search, which is
     "linas" (predictors decide what is worth measuring), "joint" (the same, with every size of a sub-network and every
-    layer's precision searched by itself), "nsga2" or "random". ``train`` epochs of training come first where the model
-    arrives untrained. ``recover`` is how many minutes each training that a recipe needs takes, in place of five epochs
-    or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a weight file, or ``pretrained`` for
-    timm's own, fetched from its hub. ``out`` is the run's folder; ``resume`` continues one. ``meter`` replaces the
-    device's own.
+    layer's precision searched by itself), "nsga2" or "random". Up to three more trials follow: recipes that lack little
+    quality get the training that a search saves (sub-networks of a shared one, each by itself). ``train`` epochs of
+    training come first where the model arrives untrained. ``recover`` is how many minutes each training that a recipe
+    needs takes, in place of five epochs or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a
+    weight file, or ``pretrained`` for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume``
+    continues one. ``meter`` replaces the device's own.
 
     Raises LissomError for bad input; a technique that fails becomes a row of the result instead.
     """
@@ -268,6 +272,7 @@ class _Job:
                 threads=default_threads(),
             )
             self.search()
+            self.tune()
             winner, ablation = self.without_each(self.shoot_out())
             return self.conclude(winner, ablation, self.waterfall(winner), loaded, capabilities)
 
@@ -424,19 +429,41 @@ class _Job:
         limited = (limit.quantity for limit in self.budget.limits if limit.quantity not in ("drop", "quality"))
         return tuple(dict.fromkeys(limited)) or ("latency",)
 
-    def out_of_time(self) -> bool:
-        """Whether another trial would not fit: a quarter of the time is kept for the final measurements."""
+    def tune(self) -> None:
+        """Train by itself what a search only ranks (``Technique.finished``), where the best could become cheaper by it.
+
+        Those that would be better if they kept a little more quality stand in the order of what they lack; which of
+        them a training brings within the budget is found by halves.
+        """
+        if self.given is not None:
+            return
+        near = promising(self.searched(), self.budget, self.baseline.metrics, NEAR)
+        recipes = [r for r in (Recipe.parse(t.resolved).finished() for t in near) if r is not None]
+        low, high = 0, len(recipes)
+        for _ in range(TUNINGS):
+            if low == high or self.out_of_time(60 * (self.recover or 0.0)):
+                return
+            middle = (low + high) // 2
+            trial = self.find(TUNED, recipes[middle]) or self.trial(TUNED, recipes[middle])
+            if trial.ok and self.budget.met(trial.metrics, self.baseline.metrics):
+                low = middle + 1
+            else:
+                high = middle
+
+    def out_of_time(self, least: float = 0.0) -> bool:
+        """Whether another trial, of ``least`` seconds or more, would not fit: a quarter of the time is kept for the
+        final measurements."""
         if self.minutes is None:
             return False
-        longest = max((t.seconds for t in self.on.trials), default=0.0)
+        longest = max([least, *(t.seconds for t in self.on.trials)])
         return clock.monotonic() - self.begun + longest > 0.75 * 60 * self.minutes
 
     def find(self, role: str, recipe: Recipe) -> Trial | None:
         return next((t for t in self.on.trials if t.role == role and t.recipe == str(recipe)), None)
 
     def searched(self) -> list[Trial]:
-        """The trials of the search, without those that take the winner apart."""
-        return [t for t in self.on.trials if not t.role.startswith(("without", PART))]
+        """The trials of the search, without those that follow it."""
+        return [t for t in self.on.trials if not t.role.startswith((TUNED, "without", PART))]
 
     @property
     def baseline(self) -> Trial:
@@ -652,7 +679,8 @@ class _Job:
 
     def shoot_out(self) -> Trial:
         """The most promising trials and plain int8, measured once more side by side; the best of them."""
-        ranked = rank(self.searched(), self.budget, self.baseline.metrics)
+        tuned = [t for t in self.on.trials if t.role == TUNED]
+        ranked = rank([*self.searched(), *tuned], self.budget, self.baseline.metrics)
         if self.given is not None:
             chosen = [t for t in self.on.trials if t.role == "given" and t.ok]
             if not chosen:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lissom.search.budget import Budget, relative
 from lissom.search.trials import Metrics, Trial
 
-__all__ = ["cost", "pareto", "rank"]
+__all__ = ["cost", "pareto", "promising", "rank"]
 
 
 def cost(quantity: str, metrics: Metrics, baseline: Metrics) -> float:
@@ -46,3 +46,35 @@ def rank(trials: Sequence[Trial], budget: Budget, baseline: Metrics) -> list[Tri
         return True, not budget.keeps_quality(m, baseline), budget.excess(m, baseline), price
 
     return sorted((t for t in trials if t.ok), key=key)
+
+
+def promising(trials: Sequence[Trial], budget: Budget, baseline: Metrics, points: float) -> list[Trial]:
+    """Trials that would be better than the best if they kept a little more quality: those that miss the budget's limits
+    on quality by ``points`` at most and no other, and are cheaper than what is within budget. Of them those that no
+    other beats, the one of the best quality first, so that each is cheaper than the one before it."""
+    ranked = rank(trials, budget, baseline)
+    most = float("inf")
+    if ranked and budget.met(ranked[0].metrics, baseline):
+        most = cost(budget.cost, ranked[0].metrics, baseline)
+
+    def missed(metrics: Metrics) -> float:
+        """Points of quality that the trial lacks; infinite where another limit does not hold."""
+        found = 0.0
+        for limit in budget.limits:
+            if limit.holds(metrics, baseline):
+                continue
+            value = limit.reached(metrics, baseline)
+            if value is None or limit.quantity not in ("drop", "quality"):
+                return float("inf")
+            found = max(found, abs(value - limit.bound))
+        return found
+
+    near = [
+        t
+        for t in ranked
+        if not budget.keeps_quality(t.metrics, baseline)
+        and missed(t.metrics) <= points
+        and cost(budget.cost, t.metrics, baseline) < most
+    ]
+    numbers = pareto(near, budget.cost, baseline)
+    return [next(t for t in near if t.number == number) for number in reversed(numbers)]

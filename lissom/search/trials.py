@@ -46,9 +46,9 @@ class Metrics:
 class Trial:
     """One row of ``trials.jsonl``.
 
-    ``role`` says why it was made: ``baseline``, ``plain int8``, ``alone``, ``together``, ``linas``, ``nsga2`` or
-    ``random`` (the search that proposed it), ``given``, ``without NAME`` (a technique taken out of the winner) or
-    ``part N`` (the winner's first N techniques). ``recipe`` is what was asked, ``resolved`` the same with undecided
+    ``role`` says why it was made: ``baseline``, ``plain int8``, ``alone``, ``together``, then the search that proposed
+    it, ``tuned`` (one of those with more training), ``given``, ``without NAME`` (a technique taken out of the winner)
+    or ``part N`` (the winner's first N techniques). ``recipe`` is what was asked, ``resolved`` the same with undecided
     knobs settled by measuring. ``status`` is ``ok``, ``not applicable`` or ``failed``.
     """
 

@@ -131,6 +131,11 @@ class Technique:
         before ``apply`` by those who can measure; ``probe`` compares modules on the device."""
         return self
 
+    def finished(self) -> Self | None:
+        """This technique with the training that is worth having for what is handed over, where a search ranks by a
+        cheaper one; None where there is no other."""
+        return None
+
     def only(self, places: tuple[str, ...]) -> Self:
         """This technique at some of its places alone: for those that stand at several, as exits do."""
         raise NotImplementedError(f"{self.name} has no places to choose from")

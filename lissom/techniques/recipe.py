@@ -95,6 +95,11 @@ class Recipe:
     def replace(self, old: Technique, new: Technique) -> Recipe:
         return Recipe(tuple(new if t is old else t for t in self.techniques))
 
+    def finished(self) -> Recipe | None:
+        """The same recipe with the training that a search saves; None where it saves none."""
+        done = tuple(t.finished() or t for t in self.techniques)
+        return None if done == self.techniques else Recipe(done)
+
     def check(self, plan: Plan, target: Target) -> None:
         """Raise NotApplicable where a technique does not fit the plan or the target, or two do not fit together."""
         names = [t.name for t in self.techniques]

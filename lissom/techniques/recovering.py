@@ -84,19 +84,15 @@ class Recoverer:
         if own is not None and given is not None and not set(own.positions) <= set(given.positions):
             form = training_form(recipe, tuple(p for p in own.positions if p not in given.positions))
             trained = form.apply(self.plan, self.task, self.target)
-        name = self._name(form)
-        path = self.folder / f"{name}.safetensors"
-        if path.exists():
-            trained.model.load_state_dict(load_file(path))
-        else:
-            self._train(trained, path, self.folder / name, int(name[:7], 16))
+        self._trained(trained, self._name(form))
         return plan.with_model(adopt(plan.model, trained.model))
 
     def _name(self, form: Recipe) -> str:
         return hashlib.sha256(f"{self.seed} {form} {self.task.name}".encode()).hexdigest()[:16]
 
     def _taken_out(self, recipe: Recipe, subnet: Subnet) -> Plan:
-        """The recipe on its sub-network of the trained super-network, which has BatchNorm statistics of its own.
+        """The recipe on its sub-network of the trained super-network: with BatchNorm statistics of its own, and trained
+        on where it is ``tuned``.
 
         To what follows in the recipe that sub-network is the original: exits learn from it, and what changes its
         structure is trained with it as the teacher, in a folder of its own. ``fuse`` comes then too, since statistics
@@ -114,9 +110,12 @@ class Recoverer:
         if self._last is None or self._last[0] != f"{self.folder} {text}":
             network = subnet.super_network(start, self.task)
             self._train_super_network(network, name)
-            own = replace(subnet.taken(start, network, self.task), recovery=())
+            own = subnet.taken(start, network, self.task)
             assert self.task.fit is not None
             recalibrate(own.model, self.task.fit)
+            if subnet.tuned:
+                self._trained(own, hashlib.sha256(f"tuned {text}".encode()).hexdigest()[:16])
+            own = replace(own, recovery=())
             self._last = f"{self.folder} {text}", own
         own = self._last[1]
         plan = own
@@ -174,7 +173,12 @@ class Recoverer:
         other.folder = self.folder / hashlib.sha256(source.encode()).hexdigest()[:16]
         return other
 
-    def _train(self, plan: Plan, path: Path, folder: Path, seed: int) -> None:
+    def _trained(self, plan: Plan, name: str) -> None:
+        """Give the plan's model its trained weights: from the folder, where they lie there already."""
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            plan.model.load_state_dict(load_file(path))
+            return
         fit_phases(
             plan.model,
             self.task,
@@ -185,13 +189,13 @@ class Recoverer:
             time_limit=self.seconds,
             batch=BATCH,
             lr=LEARNING_RATE,
-            seed=seed,
-            folder=folder,
+            seed=int(name[:7], 16),
+            folder=self.folder / name,
             progress=self.progress,
             threads=self.threads,
             precision="auto",
         )
-        _keep(plan.model, path, folder)
+        _keep(plan.model, path, self.folder / name)
 
     def _phases(self, plan: Plan) -> list[Phase]:
         """What the plan asks for, as trainings that follow each other."""

@@ -5,7 +5,8 @@ every layer's hidden channels, and of the heads, the most important by the norm 
 be left out, those that change a drawn input most. What follows is one of two trainings, both with the original as the
 teacher. By default the sub-network is trained by itself. With ``shared`` the super-network is, once for all recipes:
 each takes its sub-network out of the trained one and gives it BatchNorm statistics of its own. A search offers shared
-ones alone, so that many sub-networks cost one training.
+ones alone, so that many sub-networks cost one training. With ``tuned`` too it is then trained on by itself, as
+Once-for-All's are that are told apart by their epochs of fine-tuning: what a search does to the few it may hand over.
 
 A model that is a super-network already, as the published Once-for-All networks are, gives a sub-network by its own
 choices.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -63,6 +64,7 @@ class Subnet(Technique):
     value) for those that are not whole, as in (("blocks.0.mlp.fc1.width", 0.5), ("blocks.depth", -2)), of one that has
     the widths and heads 0.5, 0.75 and 1 and keeps at least half of each row of blocks. ``shared``: take the sub-network
     out of that super-network when it has been trained, once for all recipes that say so; its shares are then those.
+    ``tuned``: train the one that was taken out on, by itself, for as long as a recovery lasts.
     """
 
     name: ClassVar[str] = "subnet"
@@ -80,6 +82,7 @@ class Subnet(Technique):
     depth: float = 1.0
     shared: bool = False
     sizes: tuple[tuple[str, Any], ...] | None = None
+    tuned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "stream", "depth"):
@@ -89,6 +92,10 @@ class Subnet(Technique):
                 raise ValueError(f"{name} is {value!r}; it is a share above 0 and at most 1")
         if not isinstance(self.shared, bool):
             raise ValueError(f"shared is True or False, not {self.shared!r}")
+        if not isinstance(self.tuned, bool):
+            raise ValueError(f"tuned is True or False, not {self.tuned!r}")
+        if self.tuned and not self.shared:
+            raise ValueError("tuned goes on after the shared training, and without shared there is none; give both")
         if self.sizes is not None:
             Choices.check("sizes", self.sizes)
             if (self.width, self.heads, self.stream, self.depth) != (0.5, None, 1.0, 1.0):
@@ -182,6 +189,9 @@ class Subnet(Technique):
         """Of a shared one the super-network, which is the same for all."""
         return type(self)(shared=True) if self.shared else self
 
+    def finished(self) -> Self | None:
+        return replace(self, tuned=True) if self.shared and not self.tuned else None
+
     @classmethod
     def opening(cls, plan: Plan, target: Target) -> Self:
         return cls(shared=True)
@@ -191,7 +201,7 @@ class Subnet(Technique):
             return self
         try:
             network = _opened(plan.model, plan.shape)
-            return type(self)(shared=True, sizes=_pairs(network, self._setting(network)))
+            return type(self)(shared=True, sizes=_pairs(network, self._setting(network)), tuned=self.tuned)
         except (LissomError, ValueError):  # nothing elastic, no such share, or the whole network
             return self
 

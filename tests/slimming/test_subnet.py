@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lissom import slimming
 from lissom.runtime.artifact import Artifact
+from lissom.runtime.target import Target
+from lissom.search.budget import Budget
+from lissom.search.trials import Metrics, Trial
+from lissom.techniques.recipe import Recipe
 from tests.layers.tangled import Tangled
 from tests.slimming import standin
 
@@ -86,3 +93,53 @@ def test_a_joint_search_trains_once_and_goes_on(tmp_path: Path) -> None:
     ]
     assert any("sizes=" in t.recipe and "keep=" in t.recipe for t in found)
     assert len(list((tmp_path / "r" / "recovery").rglob("*.safetensors"))) == 1
+
+
+@pytest.mark.last
+def test_what_lacks_little_quality_is_trained_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On eighty images nothing is near a budget: what is promising is said here, all else is the run's own."""
+    monkeypatch.setattr(
+        slimming, "promising", lambda trials, *_: [t for t in trials if t.role == "alone" and "subnet" in t.recipe]
+    )
+    net = standin.transformer()
+    options: dict[str, Any] = {"net": net, "techniques": ("subnet",), "trials": 3}
+    result = standin.run(tmp_path / "r", **options)
+    (tuned,) = [t for t in result.trials if t.role == "tuned"]
+    (shared,) = [t for t in result.trials if t.role == "alone"]
+    assert tuned.ok, tuned.reason
+    assert tuned.recipe == shared.recipe.replace("shared=True", "shared=True, tuned=True")
+    assert tuned.metrics.macs == shared.metrics.macs
+    assert Artifact.open(result.folder / tuned.artifact).plan["recipe"] == tuned.resolved
+    again = standin.run(tmp_path / "r", resume=True, **options)
+    assert again.trials == result.trials
+
+
+def test_which_are_tuned_is_found_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = slimming._Job(
+        Budget.parse("drop<=1"), (), None, Target("openvino", "cpu", 1, 1), 9, None, 0, tmp_path, False, None, ""
+    )
+    within = 4  # of nine, the first so many can be brought within the budget
+    shared = [
+        Trial(n, "linas", f"subnet(shared=True, width={1 - n / 20})", "ok", metrics=Metrics(quality=90))
+        for n in range(1, 10)
+    ]
+    shared = [replace(t, resolved=t.recipe) for t in shared]
+    tried: list[int] = []
+
+    def trial(role: str, recipe: Recipe) -> Trial:
+        n = next(i for i, t in enumerate(shared) if Recipe.parse(t.recipe).finished() == recipe)
+        tried.append(n)
+        made = Trial(10 + len(tried), role, str(recipe), "ok", metrics=Metrics(drop=0.5 if n < within else 1.5))
+        job.on.trials.append(made)
+        return made
+
+    job.on = SimpleNamespace(trials=[Trial(0, "baseline", "", "ok", metrics=Metrics(quality=90, drop=0.0)), *shared])
+    job.trial = trial  # type: ignore[method-assign]
+    monkeypatch.setattr(slimming, "promising", lambda trials, *_: shared)
+    job.tune()
+    assert tried == [4, 2, 3]
+    job.tune()  # resumed: what is known is not made again
+    assert tried == [4, 2, 3]
+    job.given = Recipe.parse("int8()")
+    job.tune()
+    assert tried == [4, 2, 3]

@@ -300,6 +300,37 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "cut").iterdir() if path.is_dir()]
 
 
+def test_a_tuned_one_is_trained_on_by_itself(tmp_path: Path) -> None:
+    model, task = cnn(), a_task()
+    maker = recoverer(tmp_path, model, task, epochs=1)
+    shared = recovered(maker, "subnet(shared=True)").model.state_dict()
+    files = kept(tmp_path)
+    tuned = recovered(maker, "subnet(shared=True, tuned=True) + int8()")
+    state = tuned.model.state_dict()
+    assert {name: value.shape for name, value in state.items()} == {name: v.shape for name, v in shared.items()}
+    assert not torch.equal(state["0.weight"], shared["0.weight"])
+    assert not torch.equal(state["1.running_mean"], shared["1.running_mean"])
+    assert not tuned.recovery
+    after = kept(tmp_path)
+    assert len(after) == 2
+    assert files.items() <= after.items()  # the super-network was trained once
+    # It began where the shared training ended: a step of Adam moves a weight by no more than the learning rate.
+    assert (state["0.weight"] - shared["0.weight"]).abs().max() < 5e-3
+    again = recovered(recoverer(tmp_path, model, task, epochs=1), "subnet(tuned=True, shared=True)")
+    assert kept(tmp_path) == after
+    assert all(torch.equal(v, state[n]) for n, v in again.model.state_dict().items())
+    assert recovered(maker, "subnet(shared=True)").model.state_dict().keys() == shared.keys()
+    assert all(torch.equal(v, shared[n]) for n, v in recovered(maker, "subnet(shared=True)").model.state_dict().items())
+
+
+def test_what_a_search_hands_over_is_trained_on() -> None:
+    recipe = Recipe.parse(f"fuse() + subnet(shared=True, {HALF}) + int8(model_type='plain')")
+    done = recipe.finished()
+    assert str(done) == f"fuse() + subnet(shared=True, {HALF}, tuned=True) + int8(model_type='plain')"
+    assert done.finished() is None
+    assert Recipe.parse("subnet(width=0.75) + int8()").finished() is None
+
+
 def test_a_super_network_is_trained_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = OFAMobileNetV3(num_classes=5, widths=(8, 16), neck=16, features=24, depths=(1, 2), expands=(2, 4)).eval()
@@ -318,6 +349,8 @@ def test_a_super_network_is_trained_as_it_is(tmp_path: Path) -> None:
         ("sizes=('a',)", "tuple of"),
         ("sizes=(('a', 0.5),), width=0.75", "leave out width"),
         ("shared=1", "True or False"),
+        ("tuned=True", "give both"),
+        ("shared=True, tuned=0.5", "True or False"),
     ],
 )
 def test_sizes_that_cannot_be(knobs: str, reason: str) -> None:
