@@ -83,8 +83,9 @@ def _name_by_place(graph: Any) -> None:
     the same model gives the same file, byte for byte, in whatever process it is exported."""
     graph.set_friendly_name("model")
     for place, node in enumerate(graph.get_ordered_ops()):
-        if re.fullmatch(r"[A-Z]\w*_\d+", node.get_friendly_name()):
-            node.set_friendly_name(f"{node.get_type_name()}_{place}")
+        before, slash, name = node.get_friendly_name().rpartition("/")
+        if re.fullmatch(r"[A-Z]\w*_\d+", name):
+            node.set_friendly_name(f"{before}{slash}{node.get_type_name()}_{place}")
 
 
 def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:

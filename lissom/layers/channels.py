@@ -10,11 +10,12 @@ as the whole one does when what the next layers read of the removed channels is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -294,6 +295,33 @@ def _copy(model: nn.Module) -> nn.Module:
     return copied
 
 
+@contextlib.contextmanager
+def _pairs_remembered() -> Iterator[None]:
+    """torch-pruning follows indices to an operator again unless the very list of them was there before, and finds that
+    out by going through all lists; where shifted slices of a map are added up, that takes minutes. Inside the block it
+    looks up which indices were there: they are mapped one by one, so that those that were lead nowhere new."""
+    from torch_pruning.dependency import graph, group
+
+    class Remembering(group.Group):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._pairs: dict[tuple[Any, Any], set[Any]] = {}
+
+        def add_dep(self, dep: Any, idxs: Any) -> None:
+            self._pairs.setdefault((dep.target, dep.handler), set()).update(idxs)
+            super().add_dep(dep, idxs)
+
+        def has_pruning_op(self, dep: Any, idxs: Any) -> bool:
+            return self._pairs.get((dep.target, dep.handler), set()).issuperset(idxs)
+
+    before = graph.Group
+    graph.Group = Remembering
+    try:
+        yield
+    finally:
+        graph.Group = before
+
+
 class _Traced:
     """torch-pruning's graph of a network, as sets of places that belong together."""
 
@@ -426,7 +454,7 @@ class _Traced:
                 continue
             remove = self.graph.get_pruner_of_module(module).prune_out_channels
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), _pairs_remembered():
                     warnings.simplefilter("ignore")
                     group = self.graph.get_pruning_group(module, remove, list(range(self.sizes[axis])))
             except Exception as error:  # what it does not know ends in any error

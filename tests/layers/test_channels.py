@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from lissom.errors import NotApplicable
+from lissom.layers import channels as channels_module
 from lissom.layers.channel_importance import activation_scores, best_units, magnitude_scores, random_scores
 from lissom.layers.channels import Axis, Channels, find_channels, mask_channels, narrow
 from tests.layers.tangled import Tangled
@@ -289,3 +291,45 @@ def test_the_best_units_stay():
     scores = {"a": torch.tensor([0.1, 3.0, 2.0, 2.0]), "b": torch.tensor([1.0, 2.0])}
     assert best_units(scores, {"a": 2, "b": 1}) == {"a": [1, 2], "b": [1]}
     assert best_units(scores, {"b": 3}) == {"b": [0, 1, 1]}
+
+
+class Shifted(nn.Module):
+    """Slices of a map, each shifted by a pixel and with a weight of its own from a head, are added up, in two stages:
+    the ways to an operator behind them multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.heads = nn.ModuleList(nn.Conv2d(8, 4 * 9, 1) for _ in range(2))
+        self.mixers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+        self.hidden = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.hidden(self.stem(x))
+        for head, mixer in zip(self.heads, self.mixers, strict=True):
+            height, width = x.shape[2:]
+            weights = head(x).reshape(len(x), 4, 9, height, width).repeat(1, 2, 1, 1, 1)
+            padded = nn.functional.pad(x, (1, 1, 1, 1))
+            x = x + mixer(
+                sum(padded[:, :, i // 3 : i // 3 + height, i % 3 : i % 3 + width] * weights[:, :, i] for i in range(9))
+            )
+        return self.last(x.mean((2, 3)))
+
+
+def test_remembered_pairs_change_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_pruning.dependency import group
+
+    model, followed = drawn(Shifted()), [0]
+    add = group.Group.add_dep
+
+    def counted(self: group.Group, dep: object, idxs: list[object]) -> None:
+        followed[0] += 1
+        add(self, dep, idxs)
+
+    monkeypatch.setattr(group.Group, "add_dep", counted)
+    found, few = find_channels(model, (3, 8, 8)), followed[0]
+    monkeypatch.setattr(channels_module, "_pairs_remembered", contextlib.nullcontext)
+    plain, many = find_channels(model, (3, 8, 8)), followed[0] - few
+    assert repr(found) == repr(plain)
+    assert 0 < few < many
