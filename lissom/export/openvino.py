@@ -78,14 +78,16 @@ def joint_graph(
     return graph, nodes
 
 
+# In a name, which may be several joined by "/" ("convolution/Multiply_2637/fq_weights_1"), what a counter made.
+_COUNTED = re.compile(r"(?<![^/])([A-Z][A-Za-z]*)\w*_\d+(?![^/])")
+
+
 def _name_by_place(graph: Any) -> None:
     """Give the nodes that OpenVINO named by a counter of the process ("Constant_90995") names by their place, so that
     the same model gives the same file, byte for byte, in whatever process it is exported."""
     graph.set_friendly_name("model")
     for place, node in enumerate(graph.get_ordered_ops()):
-        before, slash, name = node.get_friendly_name().rpartition("/")
-        if re.fullmatch(r"[A-Z]\w*_\d+", name):
-            node.set_friendly_name(f"{before}{slash}{node.get_type_name()}_{place}")
+        node.set_friendly_name(_COUNTED.sub(rf"\g<1>_{place}", node.get_friendly_name()))
 
 
 def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:

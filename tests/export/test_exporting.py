@@ -1,5 +1,7 @@
 """Exports agree with their models; a policy by module path reaches the graph's nodes; nothing is half written."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -56,9 +58,20 @@ def test_a_batch_that_does_not_divide(vit, tmp_path):
 )
 def test_the_same_model_gives_the_same_file(vit, tmp_path, recipe):
     """OpenVINO names nodes by a counter that runs on through a process; no file and no size may depend on it."""
-    one, other = (export(vit, tmp_path / name, recipe) for name in "ab")
+    one, other = (export(copy.deepcopy(vit), tmp_path / name, recipe) for name in "ab")
     assert one.graphs[0].read_bytes() == other.graphs[0].read_bytes()
     assert one.size == other.size
+
+
+def test_a_folded_norm_gives_the_same_file(tmp_path):
+    """The converter names such a convolution by a counter, and NNCF what it puts in front of it by that name."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).eval()
+    recipe = "int8(model_type='plain', linear='matmul')"
+    one, other = (export(copy.deepcopy(net), tmp_path / name, recipe) for name in "ab")
+    assert one.graphs[0].read_bytes() == other.graphs[0].read_bytes()
 
 
 def quantised_paths(artifact):
