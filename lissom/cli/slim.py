@@ -16,7 +16,7 @@ def slim(
     budget: str = typer.Option(None, help="For example 'latency<=0.7x, drop<=1.0'. Default: drop<=1.0."),
     techniques: str = typer.Option(None, help="Techniques to search, comma-separated. Default: all."),
     recipe: str = typer.Option(None, help="Apply this one recipe (its text, or a JSON file) without a search."),
-    trials: int = typer.Option(None, min=1, help="Trials at most. Default: 12 (8 without arguments)."),
+    trials: int = typer.Option(None, min=1, help="Trials of the search at most. Default: 12 (8 without arguments)."),
     search: str = typer.Option("linas", help="linas, joint (sizes and precision layer by layer), nsga2 or random."),
     time: float = typer.Option(None, min=0.1, help="Minutes at most, roughly."),
     runtime: str = typer.Option("openvino", help="openvino, onnxruntime or torch."),
