@@ -79,16 +79,17 @@ def outcome(recipe: Recipe, model: nn.Module, of: Task) -> str:
     return "yes"
 
 
-def pair(first: str, second: str, known: dict[str, tuple[nn.Module, Task]]) -> str:
-    """What becomes of two techniques in one recipe: "yes", or the sentence of the network on which both work alone."""
+def pair(first: str, second: str, known: dict[str, tuple[nn.Module, Task]], works: set[tuple[str, str]]) -> str:
+    """What becomes of two techniques in one recipe: "yes", or the sentence of the network on which both work alone.
+
+    ``works`` holds the techniques and families of which that is so."""
     said = []
     for family in PAIRED:
         model, of = known[family]
         found = outcome(Recipe((load_part("technique", first)(), load_part("technique", second)())), model, of)
         if found == "yes":
             return found
-        alone = [outcome(Recipe((load_part("technique", name)(),)), model, of) == "yes" for name in (first, second)]
-        said.append((sum(alone), found))
+        said.append((sum((name, family) in works for name in (first, second)), found))
     return max(said, key=lambda each: each[0])[1]
 
 
@@ -109,15 +110,17 @@ def page() -> str:
         "# Compatibility", "", "Written by `python docs/compatibility.py`, which tries every cell; edit that.", "",
         "## Techniques on families", "", "| technique | " + " | ".join(known) + " |", "| --- " * (len(known) + 1) + "|",
     ]  # fmt: skip
+    works: set[tuple[str, str]] = set()
     for name in names:
         recipe = Recipe((load_part("technique", name)(),))
-        cells = [cell(outcome(recipe, model, of)) for model, of in known.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        found = {family: outcome(recipe, model, of) for family, (model, of) in known.items()}
+        works |= {(name, family) for family, text in found.items() if text == "yes"}
+        lines.append(f"| {name} | " + " | ".join(map(cell, found.values())) + " |")
     lines += ["", "## Two techniques in one recipe", "",
               "On the ViT, or where one of the two has nothing to do there on MobileNetV3 or a grey ResNet. The order",
               "in a recipe's text does not matter: techniques are applied in the order fuse, structure, tokens, exits,",
               "cascade, precision, memory.", ""]  # fmt: skip
-    both = {(a, b): pair(a, b, known) for a, b in itertools.combinations(sorted(names), 2)}
+    both = {(a, b): pair(a, b, known, works) for a, b in itertools.combinations(sorted(names), 2)}
     lines += ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     for first in names:
         cells = []

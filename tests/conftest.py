@@ -3,6 +3,8 @@
 import hashlib
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--resume"):
         config.pluginmanager.register(Resume(config), "lissom-resume")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Whatever number of threads a test gives to torch, those after it have what they began with."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    yield
+    if before is not None:
+        sys.modules["torch"].set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

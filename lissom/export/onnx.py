@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lissom.errors import LissomError
-from lissom.export.capture import capture, module_paths
+from lissom.export.capture import capture
 from lissom.export.exporting import Exported
 from lissom.export.joint import JointOutputs, joint_of
 from lissom.export.onnx_cut import cut_graph, save_stages
@@ -22,6 +24,11 @@ from lissom.registry import register
 from lissom.runtime.target import Target
 
 __all__ = ["joint_graph"]
+
+# As for OpenVINO: candidates that differ in precision only share one conversion.
+_converted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Any, dict[str, str]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @register("exporter", "onnxruntime")
@@ -47,21 +54,9 @@ def joint_graph(
     except ImportError as error:
         raise LissomError(f"exporting to ONNX needs {error.name}: pip install 'lissom[onnx]'") from error
 
-    program = capture(joint_of(plan), shape, target.batch)
-    with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            exported = torch.onnx.export(program, dynamo=True, verbose=False)
-        except Exception as error:  # torch's exporter raises its own kinds, with pages of text
-            first = str(error).strip().splitlines()[0]
-            raise LissomError(f"the model cannot be exported to ONNX: {first}") from error
-    graph = exported.model_proto
-    inputs, outputs = len(graph.graph.input), len(graph.graph.output)
-    if inputs != 1 or (plan.decisions and outputs != JointOutputs.of(plan.decisions).count):
-        raise LissomError(f"the model's ONNX graph has {inputs} inputs and {outputs} outputs; one image in is exported")
-    nodes = _nodes(graph, module_paths(program.run_decompositions()))
-    if plan.decisions:
-        nodes = {name: path.removeprefix("model.") for name, path in nodes.items()}
+    converted, nodes = _convert(plan, shape, target.batch)
+    graph = type(converted)()
+    graph.CopyFrom(converted)
     if 8 in plan.precision.bits.values():
         if calibration is None:
             raise LissomError("int8 needs images to calibrate on; the task has none to fit")
@@ -69,15 +64,39 @@ def joint_graph(
     return graph, nodes
 
 
-def _nodes(graph: Any, captured: dict[str, str]) -> dict[str, str]:
+def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
+    """The ONNX graph of the plan's model at a static shape, and graph node name -> module path."""
+    exits = plan.decisions
+    key = (batch, *shape, *((e.at, e.rule, e.carries, e.patience) for e in exits))
+    known = _converted.setdefault(plan.model, {})
+    if key not in known:
+        program = capture(joint_of(plan), shape, batch)
+        with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            try:
+                exported = torch.onnx.export(program, dynamo=True, verbose=False)
+            except Exception as error:  # torch's exporter raises its own kinds, with pages of text
+                first = str(error).strip().splitlines()[0]
+                raise LissomError(f"the model cannot be exported to ONNX: {first}") from error
+        graph = exported.model_proto
+        inputs, outputs = len(graph.graph.input), len(graph.graph.output)
+        if inputs != 1 or (exits and outputs != JointOutputs.of(exits).count):
+            raise LissomError(
+                f"the model's ONNX graph has {inputs} inputs and {outputs} outputs; one image in is exported"
+            )
+        paths = _paths(graph)
+        known[key] = graph, {n: p.removeprefix("model.") for n, p in paths.items()} if exits else paths
+    return known[key]
+
+
+def _paths(graph: Any) -> dict[str, str]:
     """ONNX node name -> module path, from the scopes torch's exporter leaves in each node's metadata."""
     paths: dict[str, str] = {}
     for node in graph.graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
         # A list written as text: ['', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'linear'].
         names = [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-        inner = [name for name in names[:-1] if name]
-        paths[node.name] = inner[-1] if inner else captured.get(node.name, "")
+        paths[node.name] = next((name for name in reversed(names[:-1]) if name), "")
     return paths
 
 

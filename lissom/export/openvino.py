@@ -97,10 +97,13 @@ def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[
     known = _converted.setdefault(plan.model, {})
     if key not in known:
         ov = import_openvino()
+        from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
         program = _decompose(capture(joint_of(plan), shape, batch))
         with quiet():
             try:
-                graph = ov.convert_model(program)
+                # Given the program itself, the converter would decompose it once more: a third of all this time.
+                graph = ov.convert_model(TorchFXPythonDecoder(program.module(), dynamic_shapes=True))
                 if len(graph.inputs) == 1:
                     graph.reshape({graph.inputs[0]: [batch, *shape]})
             except Exception as error:  # the converter raises its own kinds, with pages of text

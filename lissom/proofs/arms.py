@@ -13,7 +13,6 @@ by the interval of paired differences. A proof made of these parts is short::
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import statistics
@@ -41,6 +40,7 @@ from lissom.proofs.base import (
     NOT_SHOWN,
     SHOWS,
     Claim,
+    KeptFigures,
     Row,
     Settings,
     mean_interval,
@@ -241,31 +241,19 @@ class _Kept:
     """The finished arms in a proof's folder, by a digest of all that decides their result but lissom's own code."""
 
     def __init__(self, settings: Settings) -> None:
-        self._path, self._progress = settings.folder / KEPT, settings.progress
-        self._known: dict[str, Trained] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else ():
-            try:
-                fields = json.loads(line)
-            except ValueError:  # a kill cut the line short
-                continue
-            key = fields.pop("key")
-            self._known[key] = Trained(**fields)
+        self._figures, self._progress = KeptFigures(settings, KEPT), settings.progress
 
     def get(
         self, part: str, name: str, start: nn.Module, data: str, budget: Budget, seed: int, train: Callable[[], Trained]
     ) -> Trained:
         """The arm that begins as ``start``: as it was kept, else as ``train`` returns it."""
-        digest = hashlib.sha256(f"{part} {name} {start} {data} {budget} {seed}".encode())
+        digest = hashlib.sha256(f"{start} {data} {budget}".encode())
         for weight, value in start.state_dict().items():
             digest.update(f"{weight} {tuple(value.shape)}".encode())
             digest.update(value.detach().contiguous().numpy().tobytes())
-        key = digest.hexdigest()[:16]
-        if key not in self._known:
-            self._known[key] = done = train()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps({"key": key, **asdict(done)}))  # whole, or cut short at the end
-        done = self._known[key]
-        self._progress(f"seed {seed}: {f'{part}, ' * bool(part)}{name} {done.accuracy:.4g}")
+        whole = f"{part}, " * bool(part) + name
+        done = Trained(**self._figures.get(whole, seed, lambda: asdict(train()), what=digest.hexdigest()[:16]))
+        self._progress(f"seed {seed}: {whole} {done.accuracy:.4g}")
         return done
 
 

@@ -59,12 +59,12 @@ class KeptFigures:
     """Finished parts of a proof in ``settings.folder / file``, a line each, so that a run that was killed goes on.
 
     ``what`` says in words what decides the figures beside a part's name and seed: data, sizes. A part that was kept
-    under other words is computed anew.
+    under other words is computed anew. Figures are whatever JSON can hold.
     """
 
-    def __init__(self, settings: Settings, file: str, what: str) -> None:
+    def __init__(self, settings: Settings, file: str, what: str = "") -> None:
         self._path, self._what = settings.folder / file, what
-        self._known: dict[tuple[str, str, int], dict[str, float]] = {}
+        self._known: dict[tuple[str, str, int], dict[str, Any]] = {}
         for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else ():
             try:
                 entry = json.loads(line)
@@ -72,13 +72,15 @@ class KeptFigures:
             except (ValueError, KeyError, TypeError):  # a kill cut the line short
                 continue
 
-    def get(self, part: str, seed: int, figures: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """The figures of a part by name, as they were kept, else as ``figures`` returns them."""
-        key = (self._what, part, seed)
+    def get(self, part: str, seed: int, figures: Callable[[], Mapping[str, Any]], what: str = "") -> dict[str, Any]:
+        """The figures of a part by name, as they were kept, else as ``figures`` returns them. ``what`` is said of this
+        part alone."""
+        words = f"{self._what} {what}".strip()
+        key = (words, part, seed)
         if key not in self._known:
             self._known[key] = found = dict(figures())
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps({"what": self._what, "part": part, "seed": seed, "figures": found}))
+                file.write("\n" + json.dumps({"what": words, "part": part, "seed": seed, "figures": found}))
         return self._known[key]
 
 

@@ -30,9 +30,16 @@ class Target:
         return capability in self.capabilities
 
 
-def default_threads() -> int:
+def processors() -> int:
     """The processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """As many threads as there are processors for this process, or fewer where OMP_NUM_THREADS says so, as numerical
+    libraries have it: more than their share slows down whatever runs beside."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(processors(), int(asked)) if asked.isdecimal() and int(asked) > 0 else processors()
 
 
 def _cpuinfo(key: str) -> str:
@@ -68,7 +75,7 @@ def local_capabilities(runtime: str = "openvino") -> dict[str, Any]:
         precisions.add("bf16")
     return {
         "cpu": cpu_name(),
-        "processors": default_threads(),
+        "processors": processors(),
         "flags": sorted(flags),
         "precisions": sorted(precisions),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ class Recoverer:
         # Recipes that differ in precision alone come one after the other, and share the conversion of one model.
         if self._last is None or self._last[0] != f"{self.folder} {text}":
             network = subnet.super_network(start, self.task)
-            self._train_super_network(network, name)
+            shared = SharedRecovery(original=self.plan.model)
+            self._once(network, name, partial(fit, network, self.task, method=shared, resume=True))
             own = subnet.taken(start, network, self.task)
             assert self.task.fit is not None
             recalibrate(own.model, self.task.fit)
@@ -128,16 +130,14 @@ class Recoverer:
         other.folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         return other.recover(rest, plan)
 
-    def _train_super_network(self, network: Any, name: str) -> None:
-        """Give the super-network its trained weights: from the folder, where they lie there already."""
+    def _once(self, model: nn.Module, name: str, train: Callable[..., object]) -> None:
+        """Give ``model`` its trained weights: those in the folder, or what ``train``, given the settings of a fit,
+        makes of it."""
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            network.load_state_dict(load_file(path))
+            model.load_state_dict(load_file(path))
             return
-        fit(
-            network,
-            self.task,
-            method=SharedRecovery(original=self.plan.model),
+        train(
             epochs=self.epochs,
             max_steps=self.steps,
             time_limit=self.seconds,
@@ -145,12 +145,11 @@ class Recoverer:
             lr=LEARNING_RATE,
             seed=int(name[:7], 16),
             folder=self.folder / name,
-            resume=True,
             progress=self.progress,
             threads=self.threads,
             precision="auto",
         )
-        _keep(network, path, self.folder / name)
+        _keep(model, path, self.folder / name)
 
     def _members(self, recipe: Recipe, cascade: Cascade, plan: Plan) -> Plan:
         """Each member as its own recipe is trained, once for all recipes that have it; then their temperatures."""
@@ -174,28 +173,12 @@ class Recoverer:
         return other
 
     def _trained(self, plan: Plan, name: str) -> None:
-        """Give the plan's model its trained weights: from the folder, where they lie there already."""
-        path = self.folder / f"{name}.safetensors"
-        if path.exists():
-            plan.model.load_state_dict(load_file(path))
-            return
-        fit_phases(
-            plan.model,
-            self.task,
-            self._phases(plan),
-            original=self.plan.model,
-            epochs=self.epochs,
-            max_steps=self.steps,
-            time_limit=self.seconds,
-            batch=BATCH,
-            lr=LEARNING_RATE,
-            seed=int(name[:7], 16),
-            folder=self.folder / name,
-            progress=self.progress,
-            threads=self.threads,
-            precision="auto",
-        )
-        _keep(plan.model, path, self.folder / name)
+        """Give the plan's model its trained weights, by what the plan asks for."""
+
+        def train(**settings: Any) -> None:
+            fit_phases(plan.model, self.task, self._phases(plan), original=self.plan.model, **settings)
+
+        self._once(plan.model, name, train)
 
     def _phases(self, plan: Plan) -> list[Phase]:
         """What the plan asks for, as trainings that follow each other."""

@@ -1,7 +1,8 @@
 """A deterministic stand-in for the meter, and a small model and task; run as a program, it makes one run.
 
-``python standin.py FOLDER [--resume] [--kill EVENTS] [--after SECONDS] [--only TECHNIQUE]``: kills itself with SIGKILL
-after so many events, or so many seconds; with ``--only`` it slims a small transformer by that technique alone.
+``python standin.py FOLDER [--resume] [--kill TEXT] [--after SECONDS] [--only TECHNIQUE]``: kills itself with SIGKILL at
+the first event that reads so ("done 4: fuse()"), or after so many seconds; with ``--only`` it slims a small transformer
+by that technique alone.
 ``forked`` does the same in a process that finds everything imported: imports are half of such a run.
 """
 
@@ -109,20 +110,17 @@ def run(folder, **options):
 
 
 def main(folder, words):
-    events, seconds = None, None
+    text, seconds = None, None
     if "--kill" in words:
-        events = int(words[words.index("--kill") + 1])
+        text = words[words.index("--kill") + 1]
     if "--after" in words:
         seconds = float(words[words.index("--after") + 1])
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    seen = []
-
     def progress(event):
-        seen.append(event.kind)
-        if events is not None and len(seen) >= events:
+        if text is not None and text in f"{event.kind} {event.number}: {event.text}":
             die()
 
     if seconds is not None:
