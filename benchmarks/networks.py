@@ -1,13 +1,13 @@
 """The published networks beside the peers that their papers name, on this machine.
 
-    python benchmarks/networks.py [--only NAME ...] [--forms eager,openvino,compiled] [--work FOLDER]
+    python benchmarks/networks.py [--only NAME ...] [--forms eager,openvino,compiled] [--work FOLDER] [--page]
 
 For each family its smallest variant and a peer, with random weights (times do not depend on them), batch normalisation
 folded and branches merged in both: latency at batch 1 and throughput at batch 16, in PyTorch eager, torch.compile and
 OpenVINO, all in float32. Of a pair both are measured in turns in one run, each in a process of its own; what is
 reported is the peer's time over the network's, with the 95 % interval of the paired ratio. A row that is in ``--work``
-is not measured again. ``--device cuda`` measures eager and compiled on a GPU, in half precision, and batches of
-128 as well.
+is not measured again; ``--page`` measures none and writes the page of those that are there. ``--device cuda`` measures
+eager and compiled on a GPU, in half precision, and batches of 128 as well.
 
 Writes docs/benchmarks/networks.md (networks-cuda.md).
 """
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="running time of each network in each form")
     parser.add_argument("--work", type=Path, default=Path("runs/networks"), help="where finished rows are kept")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page of the rows in --work")
     options = parser.parse_args()
     forms = options.forms.split(",")
     unknown = set(forms) - set(RUNTIMES)
@@ -102,6 +103,9 @@ def main() -> int:
             for batch in BATCHES[options.device]:
                 key = f"{form} {batch}"
                 kept = options.work / f"{options.device}-{pair.network}-{form}-{batch}.json"
+                if options.page and not kept.exists():
+                    row[key] = None
+                    continue
                 if not kept.exists():
                     try:
                         found = (on_gpu if options.device == "cuda" else on_cpu)(pair, form, batch, options)
@@ -238,7 +242,9 @@ def dict_of(found: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def cell(found: dict[str, Any]) -> str:
+def cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not yet"
     if "error" in found:
         return "fails"
     low, high = found["interval"] or (found["ratio"], found["ratio"])
@@ -250,6 +256,8 @@ def seen(row: dict[str, Any], columns: list[str]) -> str:
     parts: dict[str, list[str]] = {"faster": [], "slower": [], "no difference beyond the interval": []}
     for column in columns:
         found = row[column]
+        if found is None:
+            continue
         if "error" in found:
             parts.setdefault(found["error"], []).append(column)
             continue
