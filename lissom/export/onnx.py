@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from lissom.errors import LissomError
 from lissom.export.capture import capture
+from lissom.export.conversions import Conversions
 from lissom.export.exporting import Exported
 from lissom.export.joint import JointOutputs, joint_of
 from lissom.export.onnx_cut import cut_graph, save_stages
@@ -25,10 +24,7 @@ from lissom.runtime.target import Target
 
 __all__ = ["joint_graph"]
 
-# As for OpenVINO: candidates that differ in precision only share one conversion.
-_converted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Any, dict[str, str]]]] = (
-    weakref.WeakKeyDictionary()
-)
+_conversions = Conversions()
 
 
 @register("exporter", "onnxruntime")
@@ -54,7 +50,7 @@ def joint_graph(
     except ImportError as error:
         raise LissomError(f"exporting to ONNX needs {error.name}: pip install 'lissom[onnx]'") from error
 
-    converted, nodes = _convert(plan, shape, target.batch)
+    converted, nodes = _conversions.get(plan, shape, target.batch, lambda: _convert(plan, shape, target.batch))
     graph = type(converted)()
     graph.CopyFrom(converted)
     if 8 in plan.precision.bits.values():
@@ -65,28 +61,20 @@ def joint_graph(
 
 
 def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
-    """The ONNX graph of the plan's model at a static shape, and graph node name -> module path."""
-    exits = plan.decisions
-    key = (batch, *shape, *((e.at, e.rule, e.carries, e.patience) for e in exits))
-    known = _converted.setdefault(plan.model, {})
-    if key not in known:
-        program = capture(joint_of(plan), shape, batch)
-        with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            try:
-                exported = torch.onnx.export(program, dynamo=True, verbose=False)
-            except Exception as error:  # torch's exporter raises its own kinds, with pages of text
-                first = str(error).strip().splitlines()[0]
-                raise LissomError(f"the model cannot be exported to ONNX: {first}") from error
-        graph = exported.model_proto
-        inputs, outputs = len(graph.graph.input), len(graph.graph.output)
-        if inputs != 1 or (exits and outputs != JointOutputs.of(exits).count):
-            raise LissomError(
-                f"the model's ONNX graph has {inputs} inputs and {outputs} outputs; one image in is exported"
-            )
-        paths = _paths(graph)
-        known[key] = graph, {n: p.removeprefix("model.") for n, p in paths.items()} if exits else paths
-    return known[key]
+    """The ONNX graph of the plan's joint graph at a static shape, and graph node name -> module path in it."""
+    program = capture(joint_of(plan), shape, batch)
+    with quiet(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        except Exception as error:  # torch's exporter raises its own kinds, with pages of text
+            first = str(error).strip().splitlines()[0]
+            raise LissomError(f"the model cannot be exported to ONNX: {first}") from error
+    graph = exported.model_proto
+    inputs, outputs = len(graph.graph.input), len(graph.graph.output)
+    if inputs != 1 or (plan.decisions and outputs != JointOutputs.of(plan.decisions).count):
+        raise LissomError(f"the model's ONNX graph has {inputs} inputs and {outputs} outputs; one image in is exported")
+    return graph, _paths(graph)
 
 
 def _paths(graph: Any) -> dict[str, str]:

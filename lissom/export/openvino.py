@@ -7,17 +7,16 @@ MatMul"), which knows its module; so a policy keyed by module path reaches the g
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from lissom.errors import LissomError
 from lissom.export.capture import capture, module_paths
+from lissom.export.conversions import Conversions
 from lissom.export.exporting import Exported
 from lissom.export.joint import JointOutputs, joint_of
 from lissom.export.linear_as_conv import linear_as_conv
@@ -31,10 +30,7 @@ from lissom.runtime.target import Target
 
 __all__ = ["ignored_nodes", "joint_graph", "quantise"]
 
-# Candidates that differ in precision only share one conversion, the expensive half of an export (3 to 5 s a network).
-_converted: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Any, dict[str, str]]]] = (
-    weakref.WeakKeyDictionary()
-)
+_conversions = Conversions()
 
 
 @register("exporter", "openvino")
@@ -64,7 +60,7 @@ def joint_graph(
     With exits its outputs are those of ``lissom.export.joint.Joint``. ``calibration`` is float32 (N, C, H, W).
     """
     precision = plan.precision
-    converted, nodes = _convert(plan, shape, target.batch)
+    converted, nodes = _conversions.get(plan, shape, target.batch, lambda: _convert(plan, shape, target.batch))
     graph = converted.clone()
     if plan.decisions:
         unshare_weights(graph)
@@ -91,33 +87,27 @@ def _name_by_place(graph: Any) -> None:
 
 
 def _convert(plan: Plan, shape: tuple[int, ...], batch: int) -> tuple[Any, dict[str, str]]:
-    """The OpenVINO graph of the plan's model at a static shape, and graph node name -> module path."""
-    exits = plan.decisions
-    key = (batch, *shape, *((e.at, e.rule, e.carries, e.patience) for e in exits))
-    known = _converted.setdefault(plan.model, {})
-    if key not in known:
-        ov = import_openvino()
-        from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+    """The OpenVINO graph of the plan's joint graph at a static shape, and graph node name -> module path in it."""
+    ov = import_openvino()
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
-        program = _decompose(capture(joint_of(plan), shape, batch))
-        with quiet():
-            try:
-                # Given the program itself, the converter would decompose it once more: a third of all this time.
-                graph = ov.convert_model(TorchFXPythonDecoder(program.module(), dynamic_shapes=True))
-                if len(graph.inputs) == 1:
-                    graph.reshape({graph.inputs[0]: [batch, *shape]})
-            except Exception as error:  # the converter raises its own kinds, with pages of text
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                raise LissomError(f"OpenVINO cannot take the model: {lines[-1] if lines else error!r}") from error
-        if len(graph.inputs) != 1 or len(graph.outputs) != JointOutputs.of(exits).count:
-            raise LissomError(
-                f"the model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
-                "one image in and one tensor of answers out is what can be exported"
-            )
-        _restore_names(graph, program)
-        paths = module_paths(program)
-        known[key] = graph, {n: p.removeprefix("model.") for n, p in paths.items()} if exits else paths
-    return known[key]
+    program = _decompose(capture(joint_of(plan), shape, batch))
+    with quiet():
+        try:
+            # Given the program itself, the converter would decompose it once more: a third of all this time.
+            graph = ov.convert_model(TorchFXPythonDecoder(program.module(), dynamic_shapes=True))
+            if len(graph.inputs) == 1:
+                graph.reshape({graph.inputs[0]: [batch, *shape]})
+        except Exception as error:  # the converter raises its own kinds, with pages of text
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise LissomError(f"OpenVINO cannot take the model: {lines[-1] if lines else error!r}") from error
+    if len(graph.inputs) != 1 or len(graph.outputs) != JointOutputs.of(plan.decisions).count:
+        raise LissomError(
+            f"the model has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
+            "one image in and one tensor of answers out is what can be exported"
+        )
+    _restore_names(graph, program)
+    return graph, module_paths(program)
 
 
 def _decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -9,6 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lissom.errors import LissomError
+from lissom.export import onnx, openvino
+from lissom.export.conversions import Conversions
 from lissom.export.exporting import export_plan, run_artifact
 from lissom.export.plan import Plan, Precision
 from lissom.runtime.artifact import Artifact
@@ -45,6 +47,39 @@ def test_float32_agrees_with_the_model(vit, tmp_path, runtime):
     assert artifact.plan["verification"]["relative_error"] < 1e-4
     # Weights in float32 on disk too: four bytes a parameter, and little besides.
     assert artifact.size > 4 * sum(p.numel() for p in vit.parameters())
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime", "torch"])
+@pytest.mark.parametrize("part", ["parameter", "data", "buffer"])
+def test_a_model_trained_on_since_is_exported_anew(tmp_path, runtime, part):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    images = np.random.default_rng(0).random((3, 3, 8, 8), dtype=np.float32)
+    target = Target(runtime, threads=1)
+    before = run_artifact(export_plan(Plan.of(model), target, tmp_path / "before", shape=(3, 8, 8)), images, 1)
+    with torch.no_grad():
+        if part == "parameter":
+            model[4].weight.mul_(-2)
+        elif part == "data":
+            model[4].weight.data = -2 * model[4].weight.data  # neither its version nor the parameter's identity change
+        else:
+            model[1].running_mean += 1
+        expected = model(torch.from_numpy(images)).numpy()
+    after = run_artifact(export_plan(Plan.of(model), target, tmp_path / "after", shape=(3, 8, 8)), images, 1)
+    np.testing.assert_allclose(after, expected, atol=1e-5)
+    assert np.abs(after - before).max() > 0.01
+
+
+@pytest.mark.parametrize(("runtime", "module"), [("openvino", openvino), ("onnxruntime", onnx)])
+def test_precisions_of_one_model_share_its_conversion(vit, tmp_path, monkeypatch, runtime, module):
+    converted = []
+    convert = module._convert
+    monkeypatch.setattr(module, "_conversions", Conversions())
+    monkeypatch.setattr(module, "_convert", lambda *given: converted.append(1) or convert(*given))
+    export(vit, tmp_path / "float", runtime=runtime)
+    export(vit, tmp_path / "int8", "int8()", runtime=runtime)
+    assert len(converted) == 1
+    export(copy.deepcopy(vit), tmp_path / "other", runtime=runtime)
+    assert len(converted) == 2
 
 
 def test_a_batch_that_does_not_divide(vit, tmp_path):
