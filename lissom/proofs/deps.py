@@ -47,13 +47,15 @@ RECIPE: dict[str, Any] = {"optimizer": "sgd", "weight_decay": 3e-5, "clip": None
 
 @dataclass(frozen=True)
 class _Scale:
-    """Images of ``side`` pixels, ``train`` of them to learn from (None: all), ``held_out`` to judge by; the network's
-    widths; ``budget`` in passes of the whole network; ``judged`` random sub-networks; ``draws`` of settings that costs
-    are the mean of; DepS's and Once-for-All's ``curve`` of other budgets, as divisors."""
+    """Images of ``side`` pixels, ``train`` of them to learn from (None: all), ``held_out`` to judge by; the stride of
+    the network's stem and its widths; ``budget`` in passes of the whole network; ``judged`` random sub-networks;
+    ``draws`` of settings that costs are the mean of; DepS's and Once-for-All's ``curve`` of other budgets, as
+    divisors."""
 
     side: int
     train: int | None
     held_out: int | None
+    stem_stride: int
     widths: tuple[int, ...]
     batch: int
     budget: int
@@ -62,9 +64,9 @@ class _Scale:
     curve: tuple[float, ...]
 
 
-QUICK = _Scale(8, 400, 200, (8, 8, 16), 50, 48, 2, 4, (CHEAPER,))
-DIGITS = _Scale(16, None, None, (16, 24, 32), 64, 600, 20, 32, (CHEAPER, 2.5))
-CIFAR = _Scale(32, 10_000, 2000, (16, 24, 32), 128, 1400, 20, 32, (CHEAPER, 2.5))
+QUICK = _Scale(8, 400, 200, 1, (8, 8, 16), 50, 48, 2, 4, (CHEAPER,))
+DIGITS = _Scale(16, None, None, 1, (16, 24, 32), 64, 600, 20, 32, (CHEAPER, 2.5))
+CIFAR = _Scale(32, 10_000, 2000, 2, (16, 24, 32), 128, 1400, 20, 32, (CHEAPER, 2.5))
 
 
 @register("proof", "deps")
@@ -158,7 +160,8 @@ def _maker(scale: _Scale, classes: int) -> Callable[[], OFAMobileNetV3]:
     def make() -> OFAMobileNetV3:
         return OFAMobileNetV3(
             num_classes=classes, widths=scale.widths, first=scale.widths[0], neck=4 * scale.widths[-1],
-            features=4 * scale.widths[-1], kernels=(3, 5), expands=(2, 4), depths=(1, 2, 3), stem_stride=1,
+            features=4 * scale.widths[-1], kernels=(3, 5), expands=(2, 4), depths=(1, 2, 3),
+            stem_stride=scale.stem_stride,
         )  # fmt: skip
 
     return make

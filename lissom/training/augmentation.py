@@ -27,8 +27,9 @@ def draw(count: int, height: int, width: int, flip: bool, generator: torch.Gener
 def augment_images(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """images (B, C, H, W), padded by repeating their edge, cropped back to (H, W) at the drawn place, and mirrored."""
     which, rows, columns = _places(images, draws)
-    # Indices around a slice put the indexed axes first: (B, H, W, C).
-    return images[which, :, rows, columns].permute(0, 3, 1, 2).contiguous()
+    # Indices around a slice put the indexed axes first: (B, H, W, C). Of grey images contiguous() would be this tensor
+    # with strides that torch takes for channels that come last, and a network that reads maps by view() would fail.
+    return images[which, :, rows, columns].permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def augment_masks(masks: torch.Tensor, draws: Draws) -> torch.Tensor:

@@ -22,17 +22,15 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from lissom.errors import LissomError
 from lissom.layers.exits import exits_of
-from lissom.runtime.target import cpu_flags
 from lissom.tasks.task import Quality, Split, Task, batches
 from lissom.training.augmentation import augment_images, augment_masks, draw
 from lissom.training.checkpoint import CHECKPOINT, check_settings, load_checkpoint, save_checkpoint
 from lissom.training.methods.base import Method, method_of
 from lissom.training.optimizers import Kar2, Kar3
+from lissom.training.speed import channels_last, fast_precision, plain_attention
 from lissom.usercode import load_function
 
 __all__ = ["FitEvent", "FitResult", "evaluate", "fit"]
@@ -141,7 +139,8 @@ def fit(
     learning rate has reached zero when they end training. A run with a time limit depends on the machine's speed.
 
     ``precision`` is "32-true", or mixed: "bf16-mixed", "16-mixed", weights and their steps in float32. "auto" is
-    bf16-mixed where the device multiplies matrices of it fast (a processor with AMX, a GPU), else 32-true.
+    bf16-mixed where the device multiplies matrices of it fast (a GPU; a processor with AMX, unless most of the model's
+    spatial convolutions are depthwise), else 32-true.
 
     ``devices`` is "auto" (one) or a number; several are several processes, each with its share of every batch.
     ``batch`` is that of all together. Then model, task, method and ``parameters`` are pickled to the processes.
@@ -181,7 +180,7 @@ def fit(
         if wrong:
             raise LissomError(sentence)
     if precision == "auto":
-        precision = _fast_precision(accelerator)
+        precision = fast_precision(model, accelerator)
     if lr is None:
         lr = LEARNING_RATES[optimizer] * (batch / 64) ** (1.0 if optimizer == "sgd" else 0.5)
     _check_model(model, task, batch)
@@ -233,14 +232,6 @@ def _can_move(task: Task, split: Split) -> bool:
     return task.kind == "classification"
 
 
-def _fast_precision(accelerator: str) -> str:
-    """bf16-mixed where it makes a step faster than float32."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    # avx512_bf16 without AMX gains too little over float32 to pay for the casts.
-    return "bf16-mixed" if accelerator in ("auto", "cpu") and "amx_bf16" in cpu_flags() else "32-true"
-
-
 @dataclass(frozen=True)
 class _Run:
     """What a process needs to train."""
@@ -255,7 +246,19 @@ class _Run:
 
 
 def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | None) -> dict[str, Any]:
-    """The loop, in one process. Returns history, seconds and stopped; the model is trained in place."""
+    """Train the model in place, in one process. Returns history, seconds and stopped."""
+    with _threads(run.threads):
+        if fabric.device.type != "cpu" or len(run.task.shape) != 3:
+            return _loop(fabric, run, progress)
+        assert run.task.fit is not None
+        few = run.task.fit.sample(2, 0)
+        inputs = torch.from_numpy(few.inputs(slice(0, len(few))))
+        teacher = getattr(run.method, "teacher", None)
+        with channels_last([run.model, *([teacher] if isinstance(teacher, nn.Module) else [])], inputs):
+            return _loop(fabric, run, progress)
+
+
+def _loop(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | None) -> dict[str, Any]:
     model, task, method, job = run.model, run.task, run.method, run.job
     assert task.fit is not None
     count = len(task.fit)
@@ -292,7 +295,7 @@ def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | Non
             }
             save_checkpoint(run.folder, state)
 
-    with _quiet_randomness(), _threads(run.threads), _attention(fabric.device, job.precision):
+    with _quiet_randomness(), plain_attention(fabric.device, job.precision):
         for epoch in range(len(history), job.epochs):
             if stopped or step >= steps:
                 break
@@ -489,41 +492,6 @@ def _threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _attention(device: torch.device, precision: str) -> Iterator[None]:
-    """Below float32 on a processor, attention that is trained through is made of plain matrix products.
-
-    There the backward pass of torch's fused attention is slow (2.15, AMX, 65 tokens of 4 heads: 3 times slower). Its
-    forward pass is not, so that frozen layers and teachers keep it.
-    """
-    if device.type != "cpu" or precision == "32-true":
-        yield
-        return
-    cuda = torch.backends.cuda  # where torch keeps the switch; the processor's products heed it too
-    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
-    cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with _PlainAttention():
-            yield
-    finally:
-        cuda.allow_fp16_bf16_reduction_math_sdp(before)
-
-
-class _PlainAttention(TorchFunctionMode):
-    """``scaled_dot_product_attention`` in its plain form wherever a gradient will flow back through it."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention and torch.is_grad_enabled():
-            given = (*args[:3], *(kwargs.get(name) for name in ("query", "key", "value")))
-            if any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in given):
-                with sdpa_kernel(SDPBackend.MATH):
-                    return func(*args, **kwargs)
-        return func(*args, **kwargs)
 
 
 def _digest(lines: Any) -> str:

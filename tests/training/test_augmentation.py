@@ -59,3 +59,9 @@ def test_beyond_the_edge_stands_the_edge():
     for i, moved in enumerate(augment_images(images, (down, right, mirrored))):
         expected = padded[i, :, down[i] : down[i] + 16, right[i] : right[i] + 24]
         assert torch.equal(moved, expected.flip(-1) if mirrored[i] else expected)
+
+
+def test_grey_images_come_laid_out_as_torch_lays_them_out():
+    """Strides of a map with one channel are ambiguous, and a convolution goes by them."""
+    images = torch.rand(3, 1, 8, 8)
+    assert augment_images(images, draw(3, 8, 8, True, torch.Generator())).stride() == images.stride()

@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lissom.data.splits import ArraySplit
 from lissom.errors import LissomError
 from lissom.tasks.task import Task
-from lissom.training import loop
 from lissom.training.checkpoint import CHECKPOINT
 from lissom.training.loop import FitEvent, evaluate, fit
 from lissom.training.methods.base import Method
@@ -350,49 +348,6 @@ def test_muon_moves_hidden_matrices_by_steps_of_like_singular_values(task):
         assert muon[name].square().mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.4)
     for name in ("5.weight", "1.bias"):
         assert torch.equal(muon[name], adamw[name])
-
-
-class Attends(nn.Module):
-    """A transformer's middle: attention between the rows of an image (B, 1, 8, 8)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return self.head(nn.functional.scaled_dot_product_attention(q, k, value=v).mean((1, 2)))
-
-
-@pytest.mark.parametrize(
-    ("precision", "trained", "expected"),
-    [
-        ("32-true", "qkv", 0),
-        ("bf16-mixed", "qkv", 2),  # once a step
-        ("bf16-mixed", "head", 0),  # frozen attention has no backward pass
-    ],
-)
-def test_attention_is_plain_products_where_it_is_trained_below_float32(task, monkeypatch, precision, trained, expected):
-    forced = []
-    monkeypatch.setattr(loop, "sdpa_kernel", lambda backend: forced.append(backend) or sdpa_kernel(backend))
-    settings = {"accelerator": "cpu", "max_steps": 2, "parameters": lambda name, p: name.startswith(trained)}
-    fit(Attends(), task, epochs=1, batch=32, precision=precision, **settings)
-    assert forced == [SDPBackend.MATH] * expected
-    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-
-
-@pytest.mark.parametrize(("flags", "expected"), [({"avx2", "amx_bf16"}, "bf16-mixed"), ({"avx512_bf16"}, "32-true")])
-def test_auto_precision_is_what_the_processor_does_fast(task, network, tmp_path, monkeypatch, flags, expected):
-    monkeypatch.setattr("lissom.training.loop.cpu_flags", lambda: frozenset(flags))
-    settings = {"epochs": 1, "batch": 32, "precision": "auto", "accelerator": "cpu", "folder": tmp_path}
-    fit(network(), task, **settings)
-    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-    assert state["settings"]["precision"] == expected
-    monkeypatch.setattr("lissom.training.loop.cpu_flags", lambda: frozenset({"avx512_bf16", "amx_bf16"} ^ flags))
-    if expected == "32-true":  # another processor would train otherwise
-        with pytest.raises(LissomError, match="precision"):
-            fit(network(), task, resume=True, **settings)
 
 
 SCRIPT = """

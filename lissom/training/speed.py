@@ -1,0 +1,114 @@
+"""How a training step is computed on this machine: its precision, the form of attention, the layout of maps.
+
+None of it changes what is computed, but for rounding. What is chosen depends on the model and the kind of processor
+alone, never on a measurement, so that a run repeated on one machine gives the same result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import convert_conv2d_weight_memory_format
+from torch.overrides import TorchFunctionMode
+
+from lissom.runtime.target import cpu_flags
+
+__all__ = ["channels_last", "fast_precision", "gains", "plain_attention"]
+
+
+def fast_precision(model: nn.Module, accelerator: str) -> str:
+    """bf16-mixed where it makes a step of ``model`` faster than float32, else 32-true."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    # avx512_bf16 without AMX gains too little over float32 to pay for the casts.
+    able = accelerator in ("auto", "cpu") and "amx_bf16" in cpu_flags()
+    return "bf16-mixed" if able and not _depthwise(model) else "32-true"
+
+
+def _depthwise(model: nn.Module) -> bool:
+    """Whether most of the model's spatial convolutions are depthwise: torch computes these slowly in bfloat16."""
+    spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    return 2 * sum(m.groups == m.in_channels > 1 for m in spatial) > len(spatial)
+
+
+@contextmanager
+def channels_last(models: Iterable[nn.Module], inputs: torch.Tensor) -> Iterator[None]:
+    """Lay the maps of convolutional networks out with the channels last while a processor trains with them.
+
+    Such is a network with BatchNorm; in others (ConvNeXt) there is nothing to gain. A model whose code takes a map for
+    contiguous (``x.view(len(x), -1)``) cannot be laid out so: a step of a copy on ``inputs``, a few images
+    (N, C, H, W), tells, and it is left as it is. Weights keep their values, and are contiguous again afterwards.
+    """
+    changed = [m for m in models if gains(m) and _can(m, inputs)]
+    try:
+        for model in changed:
+            convert_conv2d_weight_memory_format(model, torch.channels_last)
+        yield
+    finally:
+        for model in changed:
+            convert_conv2d_weight_memory_format(model, torch.contiguous_format)
+
+
+def gains(model: nn.Module) -> bool:
+    """Whether a step of the model is faster with the channels last (docs/benchmarks/training_steps.md)."""
+    return all(any(isinstance(m, kind) for m in model.modules()) for kind in (nn.Conv2d, nn.BatchNorm2d))
+
+
+def _can(model: nn.Module, inputs: torch.Tensor) -> bool:
+    tried = copy.deepcopy(model).train()
+    convert_conv2d_weight_memory_format(tried, torch.channels_last)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            sum(answer.float().sum() for answer in _tensors(tried(inputs))).backward()
+        except RuntimeError:
+            return False
+    return True
+
+
+def _tensors(answers: Any) -> Iterator[torch.Tensor]:
+    if isinstance(answers, torch.Tensor):
+        yield answers
+    elif isinstance(answers, list | tuple | dict):
+        for answer in answers.values() if isinstance(answers, dict) else answers:
+            yield from _tensors(answer)
+
+
+@contextmanager
+def plain_attention(device: torch.device, precision: str) -> Iterator[None]:
+    """Below float32 on a processor, attention that is trained through is made of plain matrix products.
+
+    There the backward pass of torch's fused attention is slow (2.15, AMX, 65 tokens of 4 heads: 3 times slower). Its
+    forward pass is not, so that frozen layers and teachers keep it.
+    """
+    if device.type != "cpu" or precision == "32-true":
+        yield
+        return
+    cuda = torch.backends.cuda  # where torch keeps the switch; the processor's products heed it too
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with _PlainAttention():
+            yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+class _PlainAttention(TorchFunctionMode):
+    """``scaled_dot_product_attention`` in its plain form wherever a gradient will flow back through it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and torch.is_grad_enabled():
+            given = (*args[:3], *(kwargs.get(name) for name in ("query", "key", "value")))
+            if any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in given):
+                with sdpa_kernel(SDPBackend.MATH):
+                    return func(*args, **kwargs)
+        return func(*args, **kwargs)
