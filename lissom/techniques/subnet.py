@@ -42,7 +42,7 @@ KINDS = {
     "kernel": "kernels smaller",
 }
 NAMED = 3  # how many reasons a note tells
-DEPTHS = (SHARE_OF_BLOCKS, 0.75, 1.0)  # of uniform sub-networks in a search
+DEPTHS = (SHARE_OF_BLOCKS, 0.5, 0.75, 1.0)  # of uniform sub-networks in a search
 
 # Of a model, by the shape of its input: its weights' marks and a super-network of a copy, which takes seconds to find.
 _Opened = tuple[tuple[Any, ...], ElasticNetwork]
@@ -62,9 +62,9 @@ class Subnet(Technique):
 
     ``sizes`` says it for each dimension of the super-network by itself, in place of these shares: a tuple of (name,
     value) for those that are not whole, as in (("blocks.0.mlp.fc1.width", 0.5), ("blocks.depth", -2)), of one that has
-    the widths and heads 0.5, 0.75 and 1 and keeps at least half of each row of blocks. ``shared``: take the sub-network
-    out of that super-network when it has been trained, once for all recipes that say so; its shares are then those.
-    ``tuned``: train the one that was taken out on, by itself, for as long as a recovery lasts.
+    the widths and heads 0.5, 0.75 and 1 and keeps at least a quarter of each row of blocks. ``shared``: take the
+    sub-network out of that super-network when it has been trained, once for all recipes that say so; its shares are
+    then those. ``tuned``: train the one that was taken out on, by itself, for as long as a recovery lasts.
     """
 
     name: ClassVar[str] = "subnet"

@@ -32,7 +32,7 @@ from lissom.training.methods.pela import block_paths
 __all__ = ["SuperNetwork", "supernet_of"]
 
 WIDTHS = (0.5, 0.75, 1.0)
-SHARE_OF_BLOCKS = 0.5
+SHARE_OF_BLOCKS = 0.25
 KEPT = 16  # sub-networks held ready
 ROUNDED = 32  # widths from here on stay multiples of 8
 

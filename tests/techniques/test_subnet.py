@@ -366,7 +366,7 @@ def test_sizes_that_cannot_be(knobs: str, reason: str) -> None:
         ("shared=True, width=0.35", "width 0.5 or 0.75 or 1, not 0.35"),
         ("shared=True, heads=0.3", "heads 0.5 or"),
         ("shared=True, stream=0.5", "stream 1, not 0.5"),
-        ("shared=True, depth=0.25", "at least 0.5 of the blocks"),
+        ("shared=True, depth=0.2", "at least 0.25 of the blocks"),
     ],
 )
 def test_sizes_that_the_super_network_has_not(knobs: str, reason: str) -> None:
@@ -391,8 +391,8 @@ def test_a_search_has_many_sub_networks_of_one_super_network() -> None:
     assert space["shared"] == (True,)
     names = [name for name, _ in space["sizes"].items]
     assert names == [d.name for d in supernet_of(copy.deepcopy(model), task.shape).dimensions()]
-    assert len(space["sizes"].always) == 8  # three widths and three depths, less the whole network
-    assert dict(space["sizes"].items)["blocks.depth"] == (0, -1, -2)
+    assert len(space["sizes"].always) == 11  # three widths and four depths, less the whole network
+    assert dict(space["sizes"].items)["blocks.depth"] == (0, -1, -2, -3)
     uniform = Subnet(shared=True, width=0.75, depth=0.75)
     written = uniform.as_searched(plan)
     assert written.sizes in space["sizes"].always
