@@ -1,10 +1,11 @@
 """What to try next: a pure function of the seed and the trials so far, so that a killed run goes on as it would have.
 
-First the baseline, plain int8, each technique alone as it opens, and their composition. Then LINAS over the space of
-recipes (SimQ-NAS, arXiv 2312.13301; see lissom/search/linas.py and recipes.py): batch by batch, what the predictors
-fitted on all earlier trials take for the best recipes that were not tried. "joint" is LINAS over the fine form of that
-space, in which every size of a sub-network and the precision of every layer is an entry of its own. For comparison
-NSGA-II without predictors, or random recipes whose knobs are drawn from the techniques' own spaces.
+First the baseline, plain int8, each technique alone as it opens, and their composition, again with each rung of the
+techniques that have some. Then LINAS over the space of recipes (SimQ-NAS, arXiv 2312.13301; see lissom/search/linas.py
+and recipes.py): batch by batch, what the predictors fitted on all earlier trials take for the best recipes that were
+not tried. "joint" is LINAS over the fine form of that space, in which every size of a sub-network and the precision of
+every layer is an entry of its own. For comparison NSGA-II without predictors, or random recipes whose knobs are drawn
+from the techniques' own spaces.
 """
 
 from __future__ import annotations
@@ -88,6 +89,13 @@ def propose(
     if len(together) > 1 and str(together) not in tried:
         return "together", together
     working = [kind for kind in fitting if alone[str(openings[kind])].ok]
+    others = agreeing(working) if any(t.role == "together" and t.ok for t in trials) else []
+    for kind in working:
+        for rung in kind.rungs(plan, target):
+            beside = [other for other in others if other is not kind] if kind in others else []
+            recipe = Recipe((rung, *(openings[other] for other in beside)))
+            if str(recipe) not in tried:
+                return "together" if beside else "alone", recipe
     if search == "random":
         return _drawn(random.Random(f"{seed}:{len(trials)}"), working, plan, target, best, tried)
     base = baseline or next(t.metrics for t in trials if t.role == "baseline")

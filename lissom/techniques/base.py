@@ -117,6 +117,12 @@ class Technique:
         """The setting that a search tries first, alone and with others: the defaults."""
         return cls()
 
+    @classmethod
+    def rungs(cls, plan: Plan, target: Target) -> tuple[Self, ...]:
+        """Further settings that a search tries before it begins, with the others' openings: those from which it learns
+        most, and which need no training of their own after the opening's."""
+        return ()
+
     def as_searched(self, plan: Plan) -> Self:
         """The same setting with its knobs written as ``space`` writes them, where they can be written in two ways."""
         return self

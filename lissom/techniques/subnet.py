@@ -196,6 +196,21 @@ class Subnet(Technique):
     def opening(cls, plan: Plan, target: Target) -> Self:
         return cls(shared=True)
 
+    @classmethod
+    def rungs(cls, plan: Plan, target: Target) -> tuple[Self, ...]:
+        """Half and a quarter of the blocks: the opening says what widths are worth, these what depth is worth."""
+        if not plan.shape:
+            return ()
+        try:
+            network: Any = _opened(plan.model, plan.shape)
+        except LissomError:  # the opening's trial says so
+            return ()
+        if not any(d.kind == "depth" for d in network.dimensions()):
+            return ()
+        asked = [cls(shared=True, width=1.0, depth=depth) for depth in (0.5, SHARE_OF_BLOCKS)]
+        # Of a short row both may be the same number of blocks.
+        return tuple({made.as_searched(plan): made for made in reversed(asked)}.values())[::-1]
+
     def as_searched(self, plan: Plan) -> Self:
         if not self.shared or self.sizes is not None or not plan.shape:
             return self

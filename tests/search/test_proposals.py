@@ -176,25 +176,40 @@ def test_a_joint_search_moves_layer_by_layer():
         return dataclasses.replace(BASE, quality=90 - lost, latency_ms=seconds, speedup=10 / seconds)
 
     trials = []
-    while len(trials) < 13:
+    while len(trials) < 14:
         role, recipe = propose(0, trials, names, plan, TARGET, search="joint")
         trials.append(trial(len(trials), role, recipe, metrics=cheap))
-    assert [(t.role, t.recipe) for t in trials[:5]] == [
+    assert [(t.role, t.recipe) for t in trials[:6]] == [
         ("baseline", ""),
         ("plain int8", "int8(linear='matmul', products=8)"),
         ("alone", "int8()"),
         ("alone", "subnet(shared=True)"),
         ("together", "subnet(shared=True) + int8()"),
-    ]
-    assert {t.role for t in trials[5:]} == {"joint"}
-    recipes = [Recipe.parse(t.recipe) for t in trials[5:]]
+        ("together", "subnet(width=1.0, depth=0.5, shared=True) + int8()"),
+    ]  # of two blocks half and a quarter are one
+    assert {t.role for t in trials[6:]} == {"joint"}
+    recipes = [Recipe.parse(t.recipe) for t in trials[6:]]
     assert len({str(recipe) for recipe in recipes}) == 8
     found = [t for recipe in recipes for t in recipe.techniques]
     assert all(t.shared for t in found if t.name == "subnet")
     assert len({t.sizes for t in found if t.name == "subnet"}) > 2
     assert len({t.keep for t in found if t.name == "int8"}) > 2
-    for count in (6, 8, 9, 12):
+    for count in (6, 7, 9, 10, 13):
         assert str(propose(0, trials[:count], names, plan, TARGET, search="joint")[1]) == trials[count].recipe
+
+
+def test_rungs_stand_alone_where_nothing_works_beside_them():
+    plan = Plan.of(PLAN.model, (3, 32, 32))
+    names = ("int8", "subnet")
+    trials = []
+    while len(trials) < 6:
+        role, recipe = propose(0, trials, names, plan, TARGET)
+        made = trial(len(trials), role, recipe)
+        trials.append(dataclasses.replace(made, status="failed") if role == "together" else made)
+    assert (trials[5].role, trials[5].recipe) == ("alone", "subnet(width=1.0, depth=0.5, shared=True)")
+    assert propose(0, trials, names, plan, TARGET)[0] == "linas"
+    trials[3] = dataclasses.replace(trials[3], status="failed")  # without a super-network there are no rungs
+    assert propose(0, trials[:5], names, plan, TARGET)[0] == "linas"
 
 
 def test_objectives_are_the_quantities(monkeypatch):
