@@ -33,17 +33,21 @@ def fast_precision(model: nn.Module, accelerator: str) -> str:
 
 def _depthwise(model: nn.Module) -> bool:
     """Whether most of the model's spatial convolutions are depthwise: torch computes these slowly in bfloat16."""
-    spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    spatial = _spatial(model)
     return 2 * sum(m.groups == m.in_channels > 1 for m in spatial) > len(spatial)
+
+
+def _spatial(model: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
 
 
 @contextmanager
 def channels_last(models: Iterable[nn.Module], inputs: torch.Tensor) -> Iterator[None]:
     """Lay the maps of convolutional networks out with the channels last while a processor trains with them.
 
-    Such is a network with BatchNorm; in others (ConvNeXt) there is nothing to gain. A model whose code takes a map for
-    contiguous (``x.view(len(x), -1)``) cannot be laid out so: a step of a copy on ``inputs``, a few images
-    (N, C, H, W), tells, and it is left as it is. Weights keep their values, and are contiguous again afterwards.
+    A model whose code takes a map for contiguous (``x.view(len(x), -1)``) cannot be laid out so: a step of a copy on
+    ``inputs``, a few images (N, C, H, W), tells, and it is left as it is. Weights keep their values, and are contiguous
+    again afterwards.
     """
     changed = [m for m in models if gains(m) and _can(m, inputs)]
     try:
@@ -56,8 +60,9 @@ def channels_last(models: Iterable[nn.Module], inputs: torch.Tensor) -> Iterator
 
 
 def gains(model: nn.Module) -> bool:
-    """Whether a step of the model is faster with the channels last (docs/benchmarks/training_steps.md)."""
-    return all(any(isinstance(m, kind) for m in model.modules()) for kind in (nn.Conv2d, nn.BatchNorm2d))
+    """Whether the model is a convolutional network: with the channels last its step is faster, or with LayerNorm
+    between the layers (ConvNeXt) no slower. A transformer's patches are a single convolution."""
+    return len(_spatial(model)) > 1
 
 
 def _can(model: nn.Module, inputs: torch.Tensor) -> bool:
