@@ -70,8 +70,10 @@ def _can(model: nn.Module, inputs: torch.Tensor) -> bool:
     convert_conv2d_weight_memory_format(tried, torch.channels_last)
     with torch.random.fork_rng(devices=[]):
         try:
-            sum(answer.float().sum() for answer in _tensors(tried(inputs))).backward()
-        except RuntimeError:
+            total = sum((answer.float().sum() for answer in _tensors(tried(inputs))), torch.zeros(()))
+            if total.requires_grad:  # a teacher's weights may be frozen
+                total.backward()
+        except (RuntimeError, ValueError):  # where the layout is not the reason, the training itself says so
             return False
     return True
 

@@ -89,7 +89,7 @@ def test_fit_lays_out_the_model_and_its_teacher(task):
             seen.append((laid_out_last(model), laid_out_last(self.teacher)))
             return super().loss(model, inputs, targets, task)
 
-    model, teacher = convolutional(), convolutional()
+    model, teacher = convolutional(), convolutional().requires_grad_(False)
     fit(model, task, method=Watched(teacher=teacher), epochs=1, batch=32, max_steps=2, accelerator="cpu")
     assert seen == [([True] * 2, [True] * 2)] * 2
     assert laid_out_last(model) == laid_out_last(teacher) == [False] * 2
