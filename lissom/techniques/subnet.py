@@ -207,7 +207,7 @@ class Subnet(Technique):
             return ()
         if not any(d.kind == "depth" for d in network.dimensions()):
             return ()
-        asked = [cls(shared=True, width=1.0, depth=depth) for depth in (0.5, SHARE_OF_BLOCKS)]
+        asked = [cls(shared=True, width=1.0, depth=depth) for depth in reversed(DEPTHS[:2])]
         # Of a short row both may be the same number of blocks.
         return tuple({made.as_searched(plan): made for made in reversed(asked)}.values())[::-1]
 
