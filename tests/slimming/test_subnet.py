@@ -100,13 +100,16 @@ def test_a_joint_search_trains_once_and_goes_on(tmp_path: Path, monkeypatch: pyt
 def test_what_lacks_little_quality_is_trained_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On eighty images nothing is near a budget: what is promising is said here, all else is the run's own."""
     monkeypatch.setattr(
-        slimming, "promising", lambda trials, *_: [t for t in trials if t.role == "alone" and "subnet" in t.recipe]
+        slimming, "promising", lambda trials, *_: [t for t in trials if t.recipe == "subnet(shared=True)"]
     )
     net = standin.transformer()
     options: dict[str, Any] = {"net": net, "techniques": ("subnet",), "trials": 3}
     result = standin.run(tmp_path / "r", **options)
     (tuned,) = [t for t in result.trials if t.role == "tuned"]
-    (shared,) = [t for t in result.trials if t.role == "alone"]
+    (shared,) = [t for t in result.trials if t.recipe == "subnet(shared=True)"]
+    assert [t.recipe for t in result.trials if t.role == "alone"] == [
+        shared.recipe, "subnet(width=1.0, depth=0.5, shared=True)", "subnet(width=1.0, depth=0.25, shared=True)",
+    ]  # fmt: skip
     assert tuned.ok, tuned.reason
     assert tuned.recipe == shared.recipe.replace("shared=True", "shared=True, tuned=True")
     assert tuned.metrics.macs == shared.metrics.macs
