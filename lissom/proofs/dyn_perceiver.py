@@ -31,7 +31,16 @@ from lissom.images import Preprocessing
 from lissom.layers.exits import Exits, attach_exits
 from lissom.meters.costs import layer_costs, total
 from lissom.models.dyn_perceiver import DynPerceiver
-from lissom.proofs.base import INCONCLUSIVE, Claim, ProofResult, Row, Settings, mean_interval, verdict_by_interval
+from lissom.proofs.base import (
+    INCONCLUSIVE,
+    Claim,
+    KeptFigures,
+    ProofResult,
+    Row,
+    Settings,
+    mean_interval,
+    verdict_by_interval,
+)
 from lissom.registry import register
 from lissom.runtime.decisions import confidence
 from lissom.tasks.classification import make_task
@@ -210,30 +219,44 @@ def _task(data: DataSet, version: _Version, seed: int) -> Task:
 
 
 def _compare(task: Task, version: _Version, seed: int, settings: Settings) -> dict[str, Any]:
-    """All figures of one seed."""
-    methods: dict[str, Method] = {
-        "alone": Supervised(), "ordinary": MultiExitKD(weights=(0.5, 0.5, 1.0)), "dyn": MultiExitKD(),
-    }  # fmt: skip
-    moved = task.name == "cifar10"
+    """All figures of one seed; systems that the proof's folder has are not trained again."""
+    kept = KeptFigures(settings, "systems.jsonl", f"{task.name} {version}")
     figures: dict[str, Any] = {}
-    for system, method in methods.items():
-        model = _built(system, version, len(task.classes), seed)
-        fit(model, task, method=method, epochs=version.epochs, batch=version.batch, lr=version.lr, seed=seed,
-            augment=moved, flip=moved)  # fmt: skip
-        labels, costs = task.report.labels, costs_of(model, task.shape)
-        assert labels is not None
-        report = _answers(model, task.report)
-        figures[f"{system} exits"] = 100 * (report.argmax(-1) == labels).mean(1)
-        figures[f"{system} costs"] = costs
-        if len(costs) > 1:
-            figures[f"{system} curve"] = Curve.of(_answers(model, task.choose), report, labels, costs)
-        settings.progress(f"seed {seed}: {SYSTEMS[system]}: {figures[f'{system} exits'][-1]:.1f} % at the end")
+    for system in SYSTEMS:
+
+        def trained(system: str = system) -> dict[str, list[Any]]:
+            return _trained(system, task, version, seed)
+
+        found = kept.get(system, seed, trained)
+        figures |= {f"{system} {name}": np.array(found[name]) for name in ("exits", "costs")}
+        if "accuracy" in found:
+            figures[f"{system} curve"] = Curve(np.array(found["accuracy"]), np.array(found["macs"]))
+        settings.progress(f"seed {seed}: {SYSTEMS[system]}: {found['exits'][-1]:.1f} % at the end")
     curves = [figures[f"{system} curve"] for system in ("ordinary", "dyn")]
     # The budgets that both can be run at, and both can spend.
     low, high = max(c.macs.min() for c in curves), min(c.macs.max() for c in curves)
     figures["range"] = (low, high)
     figures["ordinary height"], figures["dyn height"] = (c.height(low, high) if low < high else np.nan for c in curves)
     return figures
+
+
+def _trained(system: str, task: Task, version: _Version, seed: int) -> dict[str, list[Any]]:
+    """Of one system the accuracy and the multiply-accumulates of each exit, and its curve where it has several."""
+    methods: dict[str, Method] = {
+        "alone": Supervised(), "ordinary": MultiExitKD(weights=(0.5, 0.5, 1.0)), "dyn": MultiExitKD(),
+    }  # fmt: skip
+    moved = task.name == "cifar10"
+    model = _built(system, version, len(task.classes), seed)
+    fit(model, task, method=methods[system], epochs=version.epochs, batch=version.batch, lr=version.lr, seed=seed,
+        augment=moved, flip=moved)  # fmt: skip
+    labels, costs = task.report.labels, costs_of(model, task.shape)
+    assert labels is not None
+    report = _answers(model, task.report)
+    found = {"exits": (100 * (report.argmax(-1) == labels).mean(1)).tolist(), "costs": costs.tolist()}
+    if len(costs) > 1:
+        curve = Curve.of(_answers(model, task.choose), report, labels, costs)
+        found |= {"accuracy": curve.accuracy.tolist(), "macs": curve.macs.tolist()}
+    return found
 
 
 @torch.no_grad()

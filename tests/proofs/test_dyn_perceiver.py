@@ -13,6 +13,7 @@ from lissom.meters.costs import total
 from lissom.proofs import dyn_perceiver
 from lissom.proofs.base import INCONCLUSIVE, NOT_SHOWN, SHOWS, ProofResult, run_proof
 from lissom.proofs.dyn_perceiver import QUICK, Curve, _built, _judged, costs_of
+from lissom.training.loop import fit
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +113,20 @@ def test_rows_hold_one_figure_a_seed(result: ProofResult) -> None:
     assert len(exits) == 4
     assert shares == sorted(shares)
     assert rows["the CNN alone, last"].cost["% of operations"] == 100
+
+
+def test_what_the_folder_has_is_not_trained_again(tmp_path, monkeypatch) -> None:
+    tiny = replace(QUICK, widths=(8, 8, 8, 16), epochs=1, batch=128, blocks=1)
+    monkeypatch.setattr(dyn_perceiver, "QUICK", tiny)
+    whole = run_proof("dyn_perceiver", quick=True, seeds=1, folder=tmp_path)
+    lines = [line for line in (tmp_path / "systems.jsonl").read_text().splitlines() if line]
+    assert len(lines) == 3
+    (tmp_path / "systems.jsonl").write_text("\n".join([*lines[:2], lines[2][:40]]))  # killed while it wrote the third
+    trained = []
+    monkeypatch.setattr(dyn_perceiver, "fit", lambda model, *rest, **more: trained.append(fit(model, *rest, **more)))
+    again = run_proof("dyn_perceiver", quick=True, seeds=1, folder=tmp_path)
+    assert len(trained) == 1
+    assert again.rows == whole.rows
 
 
 @pytest.mark.full
