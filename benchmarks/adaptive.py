@@ -8,8 +8,9 @@ reference vision transformer is the repository's own. Three stages, each resumab
 
 1. ``train``: each method on each network, once a seed (the networks themselves are given), with what a recovery lasts
    by default; the smaller networks are distilled from the reference for ten epochs (the CNN's twenty). Of each trained
-   plan the classes and scores of all its exits on ``choose`` and ``report`` are kept, computed in float32 by PyTorch.
-   ``--jobs`` processes train at once; where there is a GPU they share it.
+   plan the classes and scores of all its exits on ``choose`` and ``report`` are kept, computed in float32 by PyTorch:
+   benchmarks/answers has them, so that what is there is not trained again. ``--jobs`` processes train at once; where
+   there is a GPU they share it.
 2. ``measure``: each choice of exits is exported to OpenVINO in float32, batch 1, and timed in turns with the reference.
 3. ``page``: thresholds are fitted on ``choose`` with those times as the costs, judged on ``report``; the operating
    points are timed once more beside the reference, as they would run. Writes docs/benchmarks/adaptive.md and .svg.
@@ -86,7 +87,7 @@ class Arm:
 
 # Arms whose structures are another's, so that one timing serves both.
 TIMED_AS = {"LGViT, both stages": "LGViT heads", "MuE, not trained": "MuE"}
-SMALLER = {"cnn": ("cnn_1x8", "cnn_1x16", "cnn_2x16"), "vit": ("vit_2", "vit_4", "vit_7")}
+SMALLER = {"cnn": ("cnn_1x8", "cnn_1x16", "cnn_2x16"), "vit": ("vit_2", "vit_4")}
 METHODS = {
     "vit": (
         ("LGViT heads", "early_exit(at=('*',), heads='published')"),
@@ -121,6 +122,8 @@ def main() -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/adaptive"))
+    answers = "classes and scores of what is trained; name another folder to train anew"
+    parser.add_argument("--answers", type=Path, default=HERE / "answers", help=answers)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--until", type=float, default=math.inf, help="seconds after which no training is begun")
@@ -132,7 +135,8 @@ def main() -> int:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["LISSOM_MODELS"] = str(options.models)
-    options.work.mkdir(parents=True, exist_ok=True)
+    for folder in (options.work, options.answers):
+        folder.mkdir(parents=True, exist_ok=True)
     if options.job:
         train_one(options)
         return 0
@@ -187,8 +191,8 @@ def train(options: argparse.Namespace) -> int:
 
 
 def ordered() -> list[Arm]:
-    """Members of cascades before the cascades."""
-    return sorted(arms(), key=lambda arm: arm.title == "cascade")
+    """Cascades first: each waits for its member only, and takes no training of its own."""
+    return sorted(arms(), key=lambda arm: arm.title != "cascade")
 
 
 def seeded(arm: Arm, seed: int) -> bool:
@@ -207,7 +211,11 @@ def find(job: str) -> tuple[Arm, int]:
 
 
 def said_file(options: argparse.Namespace, name: str, seed: int | str) -> Path:
-    return options.work / f"{name}-{seed}.npz"
+    return options.answers / f"{name}-{seed}.npz"
+
+
+def refused_file(options: argparse.Namespace, arm: Arm) -> Path:
+    return options.answers / f"{arm.name}.refused"
 
 
 def weights_file(options: argparse.Namespace, arm: Arm, seed: int) -> Path:
@@ -226,11 +234,12 @@ def maker_of(network: str, options: argparse.Namespace) -> Maker:
     return Maker(given, steps=options.steps)
 
 
-def recipe_of(arm: Arm, options: argparse.Namespace, seed: int) -> str:
+def recipe_of(arm: Arm, weights: Path) -> str:
+    """The arm's recipe; a cascade's with the weights of its first member."""
     if arm.title != "cascade":
         return arm.recipe
     network = f"{HERE / 'adaptive_networks.py'}:{arm.smaller}"
-    return f"cascade(first_model={network!r}, first_weights={str(weights_file(options, arm, seed))!r})"
+    return f"cascade(first_model={network!r}, first_weights={str(weights)!r})"
 
 
 def train_one(options: argparse.Namespace) -> None:
@@ -240,17 +249,20 @@ def train_one(options: argparse.Namespace) -> None:
     if arm.title == STATIC:
         plan = smaller(arm, maker, options, seed)
     else:
-        recipe = Recipe.of(recipe_of(arm, options, seed))
+        recipe = Recipe.of(recipe_of(arm, weights_file(options, arm, seed)))
         try:
             plan = maker.plan(recipe, maker.target(), seed=seed)
         except NotApplicable as error:
-            write_atomic(options.work / f"{arm.name}.refused", str(error))
+            write_atomic(refused_file(options, arm), str(error))
             np.savez_compressed(said_file(options, arm.name, seed))
             return
     found: dict[str, np.ndarray] = {}
     for name, split in (("choose", maker.task.choose), ("report", maker.task.report)):
         classes, scores = said(plan, split)
-        found |= {f"{name}_classes": classes, f"{name}_scores": scores, f"{name}_labels": np.asarray(split.labels)}
+        # Half precision of what a score lacks of 1: scores crowd there, and thresholds part them.
+        lacks = (1 - scores.astype(np.float64)).astype(np.float16)
+        labels = np.asarray(split.labels, np.uint8)
+        found |= {f"{name}_classes": classes, f"{name}_lacks": lacks, f"{name}_labels": labels}
     fresh = said_file(options, arm.name, seed).with_suffix(".new.npz")
     np.savez_compressed(fresh, **found)
     fresh.replace(said_file(options, arm.name, seed))
@@ -282,11 +294,15 @@ def smaller(arm: Arm, maker: Maker, options: argparse.Namespace, seed: int) -> P
         precision="auto",
         threads=options.threads,
     )
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    fresh = weights_file(options, arm, seed).with_suffix(".new")
-    save_file(state, fresh)
-    fresh.replace(weights_file(options, arm, seed))
+    write_weights(model, weights_file(options, arm, seed))
     return Plan.of(model.eval(), maker.task.shape)
+
+
+def write_weights(model: nn.Module, path: Path) -> None:
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    fresh = path.with_suffix(".new")
+    save_file(state, fresh)
+    fresh.replace(path)
 
 
 class Remembering(nn.Module):
@@ -337,7 +353,7 @@ def measure(network: str, options: argparse.Namespace) -> None:
     names, artifacts, sizes = [REFERENCE], [reference], {REFERENCE: {"macs": [1.0]}}
     whole = macs(maker.base)
     for arm in arms():
-        refused = (options.work / f"{arm.name}.refused").exists()
+        refused = refused_file(options, arm).exists()
         if arm.network != network or refused or arm.timed_as != arm.name:
             continue
         for places, plan in choices(arm, maker, options):
@@ -365,12 +381,15 @@ def measure(network: str, options: argparse.Namespace) -> None:
 
 def choices(arm: Arm, maker: Maker, options: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], Plan]]:
     """The structures that are timed for an arm: each choice of exits that a search would try."""
-    if arm.title == STATIC:
-        import adaptive_networks
+    import adaptive_networks
 
+    if arm.title == STATIC:
         yield (), Plan.of(getattr(adaptive_networks, arm.smaller)().eval(), maker.task.shape)
         return
-    recipe = Recipe.of(recipe_of(arm, options, 0))
+    untrained = options.work / f"{arm.smaller}-untrained.safetensors"
+    if arm.title == "cascade":
+        write_weights(getattr(adaptive_networks, arm.smaller)(), untrained)
+    recipe = Recipe.of(recipe_of(arm, untrained))
     whole = recipe.apply(maker.base, maker.task, maker.target())
     every = tuple(exit.at for exit in whole.decisions)
     yield every, whole
@@ -429,16 +448,16 @@ def points(
             if places:
                 end = right["choose"][:, -1:]
                 harm = end & ~right["choose"][:, columns]
+                scores = scores_in(data, "choose")[:, columns]
                 fitted = fit_thresholds(
-                    data["choose_scores"][:, columns], harm, np.maximum.accumulate(cost), risk=risk / 100, delta=DELTA,
-                    levels=200,
-                )  # fmt: skip
+                    scores, harm, np.maximum.accumulate(cost), risk=risk / 100, delta=DELTA, levels=200
+                )
                 thresholds = np.array(fitted.thresholds)
             else:
                 thresholds = np.empty(0)
             taken = {}
             for split in ("choose", "report"):
-                scores = data[f"{split}_scores"][:, columns] if places else np.empty((len(right[split]), 0))
+                scores = scores_in(data, split)[:, columns] if places else np.empty((len(right[split]), 0))
                 left = apply(scores, thresholds)
                 stage = np.array([*columns, right[split].shape[1] - 1])[left]
                 taken[split] = left, right[split][np.arange(len(left)), stage].mean()
@@ -457,6 +476,10 @@ def points(
                 )
             )
     return found
+
+
+def scores_in(data: Any, split: str) -> np.ndarray:
+    return 1 - data[f"{split}_lacks"].astype(np.float32)
 
 
 def reference_right(network: str, split: str, options: argparse.Namespace) -> np.ndarray:
@@ -509,7 +532,7 @@ def write_page(options: argparse.Namespace) -> None:
             if not seeds:
                 raise LissomError(f"no seed of {own[0].name} is trained; run the stage train first")
             if not any(per_seed):
-                rows.append((arm, None, (options.work / f"{own[0].name}.refused").read_text()))
+                rows.append((arm, None, refused_file(options, own[0]).read_text()))
                 continue
             curves[network].append((arm, front(per_seed[0])))
             rows.append((arm, [chosen(found) for found in per_seed], ""))

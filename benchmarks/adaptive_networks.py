@@ -49,8 +49,3 @@ def vit_2() -> nn.Module:
 def vit_4() -> nn.Module:
     """Four of the twelve blocks."""
     return create_model("cifar_vit", depth=4)
-
-
-def vit_7() -> nn.Module:
-    """Seven of the twelve blocks."""
-    return create_model("cifar_vit", depth=7)

@@ -4,7 +4,8 @@
 
 Networks in small on random images; a step is cross-entropy's, forward and back, with SGD, at a batch of 64. The ways of
 one network take turns; each turn gives a ratio, of which the page has the median and the quartiles. The page,
-docs/benchmarks/training_steps.md, also says what ``fit(precision="auto")`` chooses. FOLDER holds the reference CNN.
+docs/benchmarks/training_steps.md, has a section for each processor that this was run on, and says what
+``fit(precision="auto")`` chooses there. FOLDER holds the reference CNN.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ import timm
 import torch
 from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
+from trained_plans import write_section
 
 from lissom.models.factory import create_model, load_model
-from lissom.runtime.artifact import write_atomic
 from lissom.runtime.target import cpu_flags, cpu_name, default_threads
 from lissom.training.speed import fast_precision, gains, plain_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "training_steps.md"
+HEAD = """# Training steps by precision and layout
+
+Written by `benchmarks/training_steps.py`; its text says how. How many times as fast as float32 with channels first,
+median and quartiles of the turns.
+"""
 BATCH = 64
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 WAYS = [(precision, layout) for precision in ("32-true", "bf16-mixed") for layout in LAYOUTS]
@@ -96,7 +102,8 @@ def main() -> int:
         lines.append(row(name, make(), side, options.rounds))
         print(lines[-1], flush=True)
     if not options.only:
-        write_atomic(PAGE, page(lines, options))
+        flags = ", ".join(sorted(cpu_flags() & {"amx_bf16", "avx512_bf16"}))
+        write_section(PAGE, HEAD, f"{cpu_name()} ({flags or 'no bf16'})", section(lines, options))
     return 0
 
 
@@ -119,21 +126,15 @@ def row(name: str, model: nn.Module, side: int, rounds: int) -> str:
     return f"| {name} | {side} | {' | '.join(cells)} | {chosen} |"
 
 
-def page(lines: list[str], options: argparse.Namespace) -> str:
-    flags = ", ".join(sorted(cpu_flags() & {"amx_bf16", "avx512_bf16"}))
+def section(lines: list[str], options: argparse.Namespace) -> str:
     heads = [f"{precision}, channels {layout}" for precision, layout in WAYS[1:]]
     return "\n".join(
         [
-            "# Training steps by precision and layout",
-            "",
-            "Written by `benchmarks/training_steps.py`; its text says how. How many times as fast as float32 with "
-            f"channels first, median and quartiles of {options.rounds} turns; {cpu_name()} ({flags or 'no bf16'}), "
-            f"{options.threads} threads, torch {torch.__version__}.",
+            f"{options.threads} threads, torch {torch.__version__}, {options.rounds} turns.",
             "",
             f"| network | side | {' | '.join(heads)} | chosen by `auto` |",
             f"| --- | ---: |{' ---: |' * len(heads)} --- |",
             *lines,
-            "",
         ]
     )
 

@@ -139,8 +139,8 @@ def fit(
     learning rate has reached zero when they end training. A run with a time limit depends on the machine's speed.
 
     ``precision`` is "32-true", or mixed: "bf16-mixed", "16-mixed", weights and their steps in float32. "auto" is
-    bf16-mixed where the device multiplies matrices of it fast (a GPU; a processor with AMX, unless most of the model's
-    spatial convolutions are depthwise), else 32-true.
+    bf16-mixed where the device multiplies matrices of it fast (a GPU; a processor with AMX or avx512_bf16, unless most
+    of the model's spatial convolutions are depthwise), else 32-true.
 
     ``devices`` is "auto" (one) or a number; several are several processes, each with its share of every batch.
     ``batch`` is that of all together. Then model, task, method and ``parameters`` are pickled to the processes.

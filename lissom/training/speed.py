@@ -26,8 +26,8 @@ def fast_precision(model: nn.Module, accelerator: str) -> str:
     """bf16-mixed where it makes a step of ``model`` faster than float32, else 32-true."""
     if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    # avx512_bf16 without AMX gains too little over float32 to pay for the casts.
-    able = accelerator in ("auto", "cpu") and "amx_bf16" in cpu_flags()
+    # Measured on both, docs/benchmarks/training_steps.md: products of avx512_bf16 pay for the casts as those of AMX do.
+    able = accelerator in ("auto", "cpu") and not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
     return "bf16-mixed" if able and not _depthwise(model) else "32-true"
 
 

@@ -137,7 +137,10 @@ def test_attention_is_plain_products_where_it_is_trained_below_float32(task, mon
     assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
-@pytest.mark.parametrize(("flags", "expected"), [({"avx2", "amx_bf16"}, "bf16-mixed"), ({"avx512_bf16"}, "32-true")])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({"avx2", "amx_bf16"}, "bf16-mixed"), ({"avx512_bf16"}, "bf16-mixed"), ({"avx2"}, "32-true")],
+)
 def test_auto_precision_is_what_the_processor_does_fast(task, network, tmp_path, monkeypatch, flags, expected):
     monkeypatch.setattr("lissom.training.speed.cpu_flags", lambda: frozenset(flags))
     settings = {"epochs": 1, "batch": 32, "precision": "auto", "accelerator": "cpu", "folder": tmp_path}
