@@ -158,7 +158,8 @@ def slim(
     layer's precision searched by itself), "nsga2" or "random". Up to three more trials follow: recipes that lack little
     quality get the training that a search saves (sub-networks of a shared one, each by itself). ``train`` epochs of
     training come first where the model arrives untrained. ``recover`` is how many minutes each training that a recipe
-    needs takes, in place of five epochs or 1,000 steps; with it results depend on the machine's speed. ``weights`` is a
+    needs takes, in place of five epochs or 1,000 steps; with it results depend on the machine's speed. A training that
+    ended within its first epoch is among the result's warnings. ``weights`` is a
     weight file, or ``pretrained`` for timm's own, fetched from its hub. ``out`` is the run's folder; ``resume``
     continues one. ``meter`` replaces the device's own.
 
@@ -529,6 +530,7 @@ class _Job:
         settings = _settings(recipe, self.plan, self.target)
         known = {t.resolved: t for t in self.on.trials if t.ok}
         made: dict[str, tuple[Artifact, Metrics]] = {}
+        trainings: dict[str, tuple[dict[str, float], ...]] = {}
         failures: list[tuple[str, Exception]] = []
         notes: tuple[str, ...] = ()
         settings = [self.settled(setting) for setting in settings]
@@ -538,13 +540,14 @@ class _Job:
             try:
                 final, plan, artifact, metrics = self.make(setting, f"{blank.number:03d}-{n}")
                 made[str(final)] = artifact, metrics
+                trainings[str(final)] = tuple(asdict(training) for training in self.recoverer.trainings)
                 notes = plan.notes
             except Exception as error:  # one setting's reason, NotApplicable among them; another may do
                 self.stop_on_full_disk(error)
                 failures.append((str(setting), error))
         if not made and failures:
             raise failures[0][1]
-        rows = self.measure_all(made, blank)
+        rows = [replace(row, trainings=trainings[row.resolved]) for row in self.measure_all(made, blank)]
         rows += [replace(known[str(s)], number=blank.number) for s in settings if str(s) in known]
         base = rows[0].metrics if blank.role == "baseline" else self.baseline.metrics
         winner = rank(rows, self.budget, base)[0]
@@ -554,8 +557,7 @@ class _Job:
         for row in rows:
             if row is not winner and row.artifact.startswith(f"{_ARTIFACTS}/{blank.number:03d}-"):
                 shutil.rmtree(self.folder / row.artifact)
-        return replace(blank, resolved=winner.resolved, metrics=winner.metrics, artifact=winner.artifact,
-                       notes=(*notes, *remarks))  # fmt: skip
+        return replace(winner, role=blank.role, recipe=blank.recipe, notes=(*notes, *remarks))
 
     def make(self, recipe: Recipe, name: str) -> tuple[Recipe, Plan, Artifact, Metrics]:
         """Apply, recover, export, judge. Exits that no sample may take within the promise are left out, and the rest is
@@ -808,6 +810,7 @@ class _Job:
         artifact = self.keep(winner).with_metrics(metrics.to_json())
         met = self.budget.met(metrics, reference)
         trials = self.on.trials
+        self.warnings += self.short_trainings(trials)
         front = pareto([t for t in trials if t.ok], self.budget.cost, self.baseline.metrics)
         result: dict[str, Any] = {
             "model": loaded.name,
@@ -863,6 +866,22 @@ class _Job:
             self.folder,
             result,
         )
+
+    def short_trainings(self, trials: Sequence[Trial]) -> list[str]:
+        """A warning where a training ended before it had seen each image once."""
+        trained = [t for t in trials if t.trainings]
+        passes = {t.number: min(each["passes"] for each in t.trainings) for t in trained}
+        short = [t for t in trained if passes[t.number] < 1]
+        if not short:
+            return []
+        least = min(short, key=lambda t: passes[t.number])
+        more = f"{RECOVERY_STEPS:,} steps are few for these data: give --recover MINUTES"
+        if self.recover is not None:
+            more = f"--recover {self.recover:g} is too short for these data: give it more minutes"
+        return [
+            f"{len(short)} of {len(trained)} trained recipes had less than one epoch of training, {least.resolved} the "
+            f"least, {passes[least.number]:.2g} of one. {more}"
+        ]
 
     def exits(self, artifact: Artifact) -> dict[str, Any] | None:
         """Where the winner's samples leave, and what was promised; None where it has no exits."""

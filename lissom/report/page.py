@@ -28,6 +28,7 @@ from lissom.report.text import (
     recipe_of,
     reproduce,
     sentence,
+    trained,
 )
 from lissom.runtime.artifact import write_atomic
 
@@ -271,6 +272,7 @@ def render(result: dict[str, Any], most: int = 500) -> str:
         percent=_percent,
         clip=_clip,
         recipe_of=recipe_of,
+        trained=trained,
         quoted=json.dumps,
     )
 

@@ -23,6 +23,7 @@ __all__ = [
     "recipe_of",
     "reproduce",
     "sentence",
+    "trained",
     "trial_table",
 ]
 
@@ -152,6 +153,12 @@ def sentence(result: dict[str, Any]) -> str:
 def recipe_of(trial: dict[str, Any]) -> str:
     """A trial's recipe with its knobs settled, or as it was asked; the baseline's is empty and is called so."""
     return trial.get("resolved") or trial.get("recipe") or "unchanged, float32"
+
+
+def trained(trial: dict[str, Any]) -> str:
+    """The trainings that a trial's weights had, in epochs of the data; "" where there is none."""
+    epochs = [f"{figure(each.get('passes'), 2)} epochs" for each in trial.get("trainings") or []]
+    return f"trained for {', then '.join(epochs)}" if epochs else ""
 
 
 def trial_table(result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -49,7 +49,8 @@ class Trial:
     ``role`` says why it was made: ``baseline``, ``plain int8``, ``alone``, ``together``, then the search that proposed
     it, ``tuned`` (one of those with more training), ``given``, ``without NAME`` (a technique taken out of the winner)
     or ``part N`` (the winner's first N techniques). ``recipe`` is what was asked, ``resolved`` the same with undecided
-    knobs settled by measuring. ``status`` is ``ok``, ``not applicable`` or ``failed``.
+    knobs settled by measuring. ``status`` is ``ok``, ``not applicable`` or ``failed``. ``trainings`` are those its
+    weights had, each with its ``steps``, ``passes`` (how often it saw each image) and ``seconds``.
     """
 
     number: int
@@ -62,6 +63,7 @@ class Trial:
     artifact: str = ""  # path inside the run's folder; "" where there is none
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    trainings: tuple[dict[str, float], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -74,5 +76,6 @@ class Trial:
     def from_json(cls, fields: dict[str, Any]) -> Trial:
         values = dict(fields)
         values["metrics"] = Metrics.from_json(values["metrics"])
-        values["notes"] = tuple(values["notes"])
+        for name in ("notes", "trainings"):
+            values[name] = tuple(values.get(name, ()))
         return cls(**values)

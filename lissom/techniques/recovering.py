@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,38 @@ from torch import nn
 from lissom.errors import NotApplicable
 from lissom.export.plan import Plan
 from lissom.layers.exits import exits_of
+from lissom.runtime.artifact import write_atomic
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.base import STAGES
 from lissom.techniques.cascade import Cascade
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.subnet import Subnet
-from lissom.training.loop import FitEvent, fit
+from lissom.training.loop import FitEvent, FitResult, fit
 from lissom.training.methods.recovery import Afterwards, Answers, Phase
 from lissom.training.methods.shared_recovery import SharedRecovery
 from lissom.training.phases import fit_phases
 from lissom.training.recalibration import recalibrate
 
-__all__ = ["Recoverer"]
+__all__ = ["Recoverer", "Training"]
 
 BATCH = 128
 LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long one training of a recovery was: the optimizer's steps, how often it saw each image, and seconds. Phases
+    are added up."""
+
+    steps: int
+    passes: float
+    seconds: float
+
+    @classmethod
+    def of(cls, results: FitResult | Sequence[FitResult]) -> Training:
+        every = [results] if isinstance(results, FitResult) else results
+        return cls(sum(r.steps for r in every), sum(r.passes for r in every), sum(r.seconds for r in every))
 
 
 class Recoverer:
@@ -43,6 +60,7 @@ class Recoverer:
     A training lasts at most ``epochs`` epochs, ``steps`` steps and ``seconds`` (None: no limit; with a limit
     in seconds, results depend on the machine's speed). Where it has phases, epochs and steps are multiplied by each
     one's length, and they share the seconds. Its seed is a hash of ``seed``, the recipe and the data's name.
+    ``trainings`` are those that the plan recovered last rests on, in their order, kept ones among them.
     """
 
     def __init__(
@@ -62,13 +80,19 @@ class Recoverer:
         self.plan, self.task, self.target, self.folder = plan, task, target, folder
         self.epochs, self.steps, self.seconds, self.seed = epochs, steps, seconds, seed
         self.progress, self.threads = progress, threads
-        self._last: tuple[str, Plan] | None = None  # the sub-network taken out last, and what it was
+        # The sub-network taken out last, what it was, and its trainings.
+        self._last: tuple[str, Plan, list[Training]] | None = None
+        self.trainings: list[Training] = []
 
     def recover(self, recipe: Recipe, plan: Plan) -> Plan:
         """``plan``, which ``recipe`` made, with trained weights; as it is where no technique asks for training.
 
         Raises NotApplicable where there is nothing to train on.
         """
+        self.trainings.clear()
+        return self._recovered(recipe, plan)
+
+    def _recovered(self, recipe: Recipe, plan: Plan) -> Plan:
         cascade = next((t for t in recipe.techniques if isinstance(t, Cascade)), None)
         if cascade is not None:
             return self._members(recipe, cascade, plan)
@@ -107,6 +131,7 @@ class Recoverer:
             start = technique.apply(start, self.task)
         name = self._name(Recipe((*(t.training_form() or t for t in front), subnet.training_form())))
         text = f"{name} {subnet.as_searched(start)}"
+        before = len(self.trainings)
         # Recipes that differ in precision alone come one after the other, and share the conversion of one model.
         if self._last is None or self._last[0] != f"{self.folder} {text}":
             network = subnet.super_network(start, self.task)
@@ -118,7 +143,9 @@ class Recoverer:
             if subnet.tuned:
                 self._trained(own, hashlib.sha256(f"tuned {text}".encode()).hexdigest()[:16])
             own = replace(own, recovery=())
-            self._last = f"{self.folder} {text}", own
+            self._last = f"{self.folder} {text}", own, self.trainings[before:]
+        else:
+            self.trainings += self._last[2]
         own = self._last[1]
         plan = own
         for technique in rest.techniques:
@@ -128,16 +155,19 @@ class Recoverer:
         other = copy.copy(self)
         other.plan = own
         other.folder = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        return other.recover(rest, plan)
+        return other._recovered(rest, plan)
 
-    def _once(self, model: nn.Module, name: str, train: Callable[..., object]) -> None:
+    def _once(self, model: nn.Module, name: str, train: Callable[..., FitResult | Sequence[FitResult]]) -> None:
         """Give ``model`` its trained weights: those in the folder, or what ``train``, given the settings of a fit,
         makes of it."""
         path = self.folder / f"{name}.safetensors"
+        said = path.with_suffix(".json")
         if path.exists():
             model.load_state_dict(load_file(path))
+            if said.exists():  # runs of before 2026-11-28 have none
+                self.trainings.append(Training(**json.loads(said.read_text(encoding="utf-8"))))
             return
-        train(
+        results = train(
             epochs=self.epochs,
             max_steps=self.steps,
             time_limit=self.seconds,
@@ -149,6 +179,8 @@ class Recoverer:
             threads=self.threads,
             precision="auto",
         )
+        self.trainings.append(Training.of(results))
+        write_atomic(said, json.dumps(asdict(self.trainings[-1])))
         _keep(model, path, self.folder / name)
 
     def _members(self, recipe: Recipe, cascade: Cascade, plan: Plan) -> Plan:
@@ -159,7 +191,7 @@ class Recoverer:
             source = cascade.source(path)
             original = cascade.original(path, self.plan)
             own = member if source else Recipe((*before, *member.techniques))
-            trained = self._of(original, source).recover(own, own.apply(original, self.task, self.target))
+            trained = self._of(original, source)._recovered(own, own.apply(original, self.task, self.target))
             model.get_submodule(path).load_state_dict(trained.model.state_dict())
         return cascade.tempered(plan.with_model(model.eval()), self.task, self.seed)
 
@@ -175,8 +207,8 @@ class Recoverer:
     def _trained(self, plan: Plan, name: str) -> None:
         """Give the plan's model its trained weights, by what the plan asks for."""
 
-        def train(**settings: Any) -> None:
-            fit_phases(plan.model, self.task, self._phases(plan), original=self.plan.model, **settings)
+        def train(**settings: Any) -> Sequence[FitResult]:
+            return fit_phases(plan.model, self.task, self._phases(plan), original=self.plan.model, **settings)
 
         self._once(plan.model, name, train)
 

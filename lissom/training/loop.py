@@ -58,12 +58,15 @@ class FitResult:
     An entry holds ``epoch``, ``loss`` (mean over the epoch), ``quality`` (on ``choose``, in points, or None), ``lr``
     at its end and ``seconds``. ``best_epoch`` is the entry of highest quality (lowest loss where there is none); the
     weights are the last epoch's. ``stopped`` says why training ended before its last epoch: "", "time" or "steps".
+    ``steps`` are the optimizer's; ``passes`` says how often each sample of ``fit`` was seen on average.
     """
 
     model: nn.Module
     history: tuple[dict[str, Any], ...]
     seconds: float
     stopped: str = ""
+    steps: int = 0
+    passes: float = 0.0
 
     @property
     def best_epoch(self) -> int:
@@ -220,7 +223,8 @@ def fit(
             parameter.requires_grad_(before[name])
         model.to(home)
     model.eval()
-    return FitResult(model, tuple(outcome["history"]), outcome["seconds"], outcome["stopped"])
+    history, rest = tuple(outcome["history"]), ("seconds", "stopped", "steps", "passes")
+    return FitResult(model, history, **{name: outcome[name] for name in rest})
 
 
 def _can_move(task: Task, split: Split) -> bool:
@@ -246,7 +250,7 @@ class _Run:
 
 
 def _train(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | None) -> dict[str, Any]:
-    """Train the model in place, in one process. Returns history, seconds and stopped."""
+    """Train the model in place, in one process. Returns what FitResult holds beside it."""
     with _threads(run.threads):
         if fabric.device.type != "cpu" or len(run.task.shape) != 3:
             return _loop(fabric, run, progress)
@@ -362,7 +366,7 @@ def _loop(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | None
                 progress(FitEvent(epoch + 1, job.epochs, mean, quality, seconds))
     if not history:
         raise LissomError(f"the time limit of {job.time_limit} s ended before the first step; give more time")
-    return {"history": history, "seconds": spent, "stopped": stopped}
+    return {"history": history, "seconds": spent, "stopped": stopped, "steps": step, "passes": step * size / count}
 
 
 def evaluate(

@@ -4,7 +4,18 @@ import math
 
 import pytest
 
-from lissom.report.text import TRIAL_COLUMNS, big, bound, figure, fixed, interval, reproduce, sentence, trial_table
+from lissom.report.text import (
+    TRIAL_COLUMNS,
+    big,
+    bound,
+    figure,
+    fixed,
+    interval,
+    reproduce,
+    sentence,
+    trained,
+    trial_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +37,12 @@ def test_numbers():
     assert [bound(*v) for v in ((0.66, "x"), (12.3, "ms"), (2.0, "points"), (80, "/s"), (None, "ms"), (5e6, ""))] == [
         "0.66x", "12.3 ms", "2.0 points", "80.0/s", "–", "5.00 M",
     ]  # fmt: skip
+
+
+def test_how_long_a_trial_was_trained():
+    trainings = [{"steps": 40, "passes": 0.4, "seconds": 60.0}, {"steps": 1200, "passes": 12.0, "seconds": 720.0}]
+    assert trained({"trainings": trainings}) == "trained for 0.40 epochs, then 12 epochs"
+    assert trained({"trainings": []}) == trained({}) == ""
 
 
 def test_sentence_of_a_budget_that_was_met(make_result):

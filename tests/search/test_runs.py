@@ -14,7 +14,9 @@ SETTINGS = {"model": "m", "seed": 0}
 
 
 def trial(number):
-    return Trial(number, "random", "int8()", "ok", metrics=Metrics(quality=90.0, quality_ci=(89.0, 91.0)), notes=("n",))
+    metrics = Metrics(quality=90.0, quality_ci=(89.0, 91.0))
+    trainings = ({"steps": 7, "passes": 0.5, "seconds": 3.0},)
+    return Trial(number, "random", "int8()", "ok", metrics=metrics, notes=("n",), trainings=trainings)
 
 
 def test_trials_come_back_as_they_were(tmp_path):

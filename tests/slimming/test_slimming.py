@@ -15,9 +15,11 @@ from typing import ClassVar
 import pytest
 
 import lissom
+from lissom import slimming
 from lissom.errors import LissomError
 from lissom.registry import parts, register
 from lissom.runtime.artifact import Artifact
+from lissom.techniques import recovering
 from lissom.techniques.base import Technique
 from tests.slimming import standin
 
@@ -170,6 +172,27 @@ def test_one_recipe_without_a_search(tmp_path, result):
     assert [t.role for t in again.trials] == ["baseline", "plain int8", "given"]
     assert again.best.recipe == result.best.recipe
     assert again.best.metrics.quality == result.best.metrics.quality
+
+
+def test_a_training_of_less_than_an_epoch_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovering, "BATCH", 16)  # five steps an epoch
+    monkeypatch.setattr(slimming, "RECOVERY_STEPS", 2)
+    recipe = "low_rank(skip=('head',))"
+    result = standin.run(tmp_path / "r", net=standin.transformer(), recipe=recipe)
+    (trial,) = rows(result, "given")
+    (training,) = trial.trainings
+    assert (training["steps"], training["passes"]) == (2, 0.4)
+    (warning,) = result.json["warnings"]
+    assert warning.startswith("1 of 1 trained recipes had less than one epoch of training")
+    assert f"{trial.resolved} the least, 0.4 of one" in warning
+    assert warning.endswith("2 steps are few for these data: give --recover MINUTES")
+    assert "trained for 0.40 epochs" in result.report.read_text()
+    again = standin.run(tmp_path / "r", net=standin.transformer(), recipe=recipe, resume=True)
+    assert again.json["warnings"] == [warning]
+    monkeypatch.setattr(slimming, "LONGEST", 2)  # epochs
+    longer = standin.run(tmp_path / "l", net=standin.transformer(), recipe=recipe, recover=5)
+    assert rows(longer, "given")[0].trainings[0]["passes"] == 2
+    assert not longer.json["warnings"]
 
 
 def test_a_recipe_that_does_not_apply(tmp_path):

@@ -25,6 +25,7 @@ from lissom.techniques.cascade import Cascade
 from lissom.techniques.low_rank import LowRank
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer
+from lissom.training.loop import FitEvent
 
 TARGET = Target("openvino", "cpu", 1, 1, frozenset({"fp32", "int8", "bf16"}))
 SHAPE = (3, 32, 32)
@@ -200,20 +201,26 @@ def test_the_space_offers_first_members_that_apply() -> None:
 
 def test_each_member_is_trained_once_for_all_recipes(tmp_path: Path) -> None:
     plan, of = plan_of(vit()), task()
-    recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=1, seconds=None, seed=0)
+    epochs: list[FitEvent] = []
+    recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=1, seconds=None, seed=0, progress=epochs.append)
     alone = Recipe.parse("low_rank(ratio=3.0)")
     one = recoverer.recover(alone, alone.apply(plan, of, TARGET))
     (file,) = tmp_path.glob("*.safetensors")
     stamp = file.stat().st_mtime_ns
+    (first,) = recoverer.trainings
+    assert first.steps == len(epochs) == 1
     recipe = Recipe.parse("cascade(second=(low_rank(ratio=2.0))) + int8()")
     both = recoverer.recover(recipe, recipe.apply(plan, of, TARGET))
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert file.stat().st_mtime_ns == stamp
+    assert len(recoverer.trainings) == len(epochs) == 2
     x = torch.randn(3, *SHAPE)
     with torch.no_grad():
         torch.testing.assert_close(both.model(x)[0], one.model(x))
     other = Recipe.parse("cascade(first=(low_rank(ratio=2.0)), second=(low_rank(ratio=3.0)), score='entropy')")
     turned = recoverer.recover(other, other.apply(plan, of, TARGET))
+    assert len(epochs) == 2
+    assert recoverer.trainings[1] == first  # what was kept says how long it was trained
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     with torch.no_grad():
         torch.testing.assert_close(turned.model.second(x), both.model.first(x))

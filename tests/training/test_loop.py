@@ -222,6 +222,7 @@ def test_a_method_or_a_filter_says_what_trains(task, network):
 def test_steps_and_time_shorten_the_schedule(task, network):
     few = fit(network(), task, epochs=5, batch=32, max_steps=7)  # 5 steps an epoch
     assert few.stopped == "steps"
+    assert (few.steps, few.passes) == (7, 7 * 32 / len(task.fit))
     assert len(few.history) == 2
     assert few.history[-1]["lr"] < 0.2 * few.history[0]["lr"]
     short = fit(network(), task, epochs=10_000, batch=32, time_limit=0.5)
