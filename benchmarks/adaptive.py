@@ -87,7 +87,7 @@ class Arm:
 
 # Arms whose structures are another's, so that one timing serves both.
 TIMED_AS = {"LGViT, both stages": "LGViT heads", "MuE, not trained": "MuE"}
-SMALLER = {"cnn": ("cnn_1x8", "cnn_1x16", "cnn_2x16"), "vit": ("vit_2", "vit_4")}
+SMALLER = {"cnn": ("cnn_1x16", "cnn_2x16"), "vit": ("vit_1", "vit_2")}
 METHODS = {
     "vit": (
         ("LGViT heads", "early_exit(at=('*',), heads='published')"),
@@ -99,8 +99,7 @@ METHODS = {
     "cnn": (
         ("convolutional exits", "early_exit(at=('*',))"),
         ("linear exits", "early_exit(at=('*',), heads='linear')"),
-        ("Dyn-Perceiver, 16 latents", "dynamic_perceiver(latents=16, depths=(1, 1, 2, 1))"),
-        ("Dyn-Perceiver, 128 latents", "dynamic_perceiver(depths=(1, 1, 2, 1))"),
+        ("Dyn-Perceiver", "dynamic_perceiver(latents=16, depths=(1, 1, 2, 1))"),
         ("MuE", "similarity_exit(at=('*',), train=True)"),
     ),
 }
@@ -202,7 +201,11 @@ def seeded(arm: Arm, seed: int) -> bool:
 
 def ready(job: str, options: argparse.Namespace) -> bool:
     arm, seed = find(job)
-    return arm.title != "cascade" or weights_file(options, arm, seed).exists()
+    if arm.title == "cascade":
+        return weights_file(options, arm, seed).exists()
+    # The first of the smaller networks asks the teacher for the others.
+    first = replace(arm, smaller=SMALLER[arm.network][0])
+    return arm.title != STATIC or arm == first or said_file(options, first.name, seed).exists()
 
 
 def find(job: str) -> tuple[Arm, int]:
@@ -277,10 +280,11 @@ def smaller(arm: Arm, maker: Maker, options: argparse.Namespace, seed: int) -> P
     torch.manual_seed(seed)
     model = getattr(adaptive_networks, arm.smaller)()
     optimizer, rate = RATES[arm.network]
+    teacher = Remembering(maker.base.model, options.work / f"{arm.network}-teacher-{seed}.npz")
     fit(
         model,
         maker.task,
-        method=Distillation(teacher=Remembering(maker.base.model), temperature=2.0, alpha=0.5),
+        method=Distillation(teacher=teacher, temperature=2.0, alpha=0.5),
         epochs=EPOCHS[arm.network],
         max_steps=options.steps,
         batch=128,
@@ -294,6 +298,7 @@ def smaller(arm: Arm, maker: Maker, options: argparse.Namespace, seed: int) -> P
         precision="auto",
         threads=options.threads,
     )
+    teacher.keep()
     write_weights(model, weights_file(options, arm, seed))
     return Plan.of(model.eval(), maker.task.shape)
 
@@ -306,20 +311,35 @@ def write_weights(model: nn.Module, path: Path) -> None:
 
 
 class Remembering(nn.Module):
-    """A teacher that is asked once for each image as it comes, mirrored or not: over twenty epochs a tenth as often."""
+    """A teacher that is asked once for each image as it comes, shifted and mirrored. Networks of one seed see the same
+    images: the second to be trained finds all answers in the file."""
 
-    def __init__(self, teacher: nn.Module) -> None:
+    def __init__(self, teacher: nn.Module, file: Path) -> None:
         super().__init__()
-        self.teacher = teacher
-        self.answers: dict[bytes, torch.Tensor] = {}
+        self.teacher, self.file = teacher, file
+        self.rows: dict[bytes, int] = {}
+        self.answers: list[np.ndarray] = []
+        if file.exists():
+            known = np.load(file)
+            self.rows = {key.tobytes(): row for row, key in enumerate(known["keys"])}
+            self.answers = list(known["answers"])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        keys = [hashlib.sha256(image.tobytes()).digest() for image in inputs.cpu().contiguous().numpy()]
-        asked = [i for i, key in enumerate(keys) if key not in self.answers]
+        images = inputs.cpu().contiguous().numpy()
+        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+        asked = [i for i, key in enumerate(keys) if key not in self.rows]
         if asked:
-            found = self.teacher(inputs[asked]).detach()
-            self.answers |= {keys[i]: answer for i, answer in zip(asked, found, strict=True)}
-        return torch.stack([self.answers[key] for key in keys])
+            for i, answer in zip(asked, self.teacher(inputs[asked]).detach().float().cpu().numpy(), strict=True):
+                self.rows[keys[i]] = len(self.answers)
+                self.answers.append(answer)
+        return torch.from_numpy(np.stack([self.answers[self.rows[key]] for key in keys])).to(inputs.device)
+
+    def keep(self) -> None:
+        """Write what was answered, in the place of what was known."""
+        keys = np.frombuffer(b"".join(self.rows), np.uint8).reshape(-1, 16)  # in the order of their rows
+        fresh = self.file.with_suffix(".new.npz")
+        np.savez(fresh, keys=keys, answers=np.stack(self.answers))
+        fresh.replace(self.file)
 
 
 @torch.no_grad()

@@ -26,11 +26,6 @@ def _cnn(depth: int, width: int) -> nn.Module:
     return module.CNN(depth, width)
 
 
-def cnn_1x8() -> nn.Module:
-    """Eight weight layers, half as wide."""
-    return _cnn(1, 8)
-
-
 def cnn_1x16() -> nn.Module:
     """Eight weight layers."""
     return _cnn(1, 16)
@@ -41,11 +36,11 @@ def cnn_2x16() -> nn.Module:
     return _cnn(2, 16)
 
 
+def vit_1() -> nn.Module:
+    """One of the twelve blocks."""
+    return create_model("cifar_vit", depth=1)
+
+
 def vit_2() -> nn.Module:
     """Two of the twelve blocks."""
     return create_model("cifar_vit", depth=2)
-
-
-def vit_4() -> nn.Module:
-    """Four of the twelve blocks."""
-    return create_model("cifar_vit", depth=4)
