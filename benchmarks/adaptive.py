@@ -13,7 +13,8 @@ reference vision transformer is the repository's own. Three stages, each resumab
    there is a GPU they share it.
 2. ``measure``: each choice of exits is exported to OpenVINO in float32, batch 1, and timed in turns with the reference.
 3. ``page``: thresholds are fitted on ``choose`` with those times as the costs, judged on ``report``; the operating
-   points are timed once more beside the reference, as they would run. Writes docs/benchmarks/adaptive.md and .svg.
+   points are timed once more beside the reference, as they would run. Writes the network's section of
+   docs/benchmarks/adaptive.md, and its plot.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from trained_plans import DOCS, Maker
+from trained_plans import DOCS, Maker, write_section
 
 from lissom.errors import LissomError, NotApplicable
 from lissom.export.calibration import apply, fit_thresholds
@@ -54,6 +55,14 @@ from lissom.training.methods.distillation import Distillation
 
 HERE = Path(__file__).resolve().parent
 RISKS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)  # points: where curves are looked at
+HEAD = """# Adaptive inference beside smaller networks
+
+Written by `benchmarks/adaptive.py`; its text says how. CIFAR-10, thresholds and places chosen on the 5,000 images of
+`choose`, judged on the 5,000 of `report`; OpenVINO, float32, batch 1. Speed is the reference's time over the method's,
+timed in turns in one run, with its 95 % interval for the first seed; figures in brackets behind others are the smallest
+and the largest of the seeds.
+"""
+TITLES = {"cnn": "The reference CNN", "vit": "The reference vision transformer"}
 ALLOWED = 0.5  # points of drop at which methods are compared
 DELTA = 0.05
 STATIC = "smaller network"
@@ -129,7 +138,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of each training at most, to try this program")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--seconds", type=float, default=1.5, help="of running each artifact")
-    parser.add_argument("--network", choices=tuple(METHODS), help="train the methods of this one only")
+    parser.add_argument("--network", choices=tuple(METHODS), help="only this one")
     parser.add_argument("--stage", choices=("train", "measure", "page"), help="only this one")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -145,11 +154,13 @@ def main() -> int:
     if left:
         print(f"{left} trainings are left; run the same line again")
         return 1
-    if options.stage in (None, "measure"):
-        for network in METHODS:
+    for network in METHODS if options.network is None else (options.network,):
+        if options.stage in (None, "measure"):
             measure(network, options)
-    if options.stage in (None, "page"):
-        write_page(options)
+        if options.stage in (None, "page"):
+            section = page(network, options)
+            write_section(DOCS / "adaptive.md", HEAD, TITLES[network], section)
+            print(section)
     return 0
 
 
@@ -396,7 +407,7 @@ def measure(network: str, options: argparse.Namespace) -> None:
         name: {**sizes[name], "ms": list(one.stages_ms or (one.latency_ms,)), "path": str(artifact.path)}
         for name, artifact, one in zip(names, artifacts, found, strict=True)
     }
-    write_atomic(kept, json.dumps(table, indent=1))
+    write_atomic(kept, json.dumps({"cpu": cpu_name(), "threads": options.threads, "rows": table}, indent=1))
 
 
 def choices(arm: Arm, maker: Maker, options: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], Plan]]:
@@ -527,42 +538,29 @@ def front(found: list[Point]) -> list[Point]:
     return kept
 
 
-def write_page(options: argparse.Namespace) -> None:
-    lines = [
-        "# Adaptive inference beside smaller networks",
-        "",
-        "Written by `benchmarks/adaptive.py`; its text says how. CIFAR-10, thresholds and places chosen on the 5,000"
-        " images of `choose`, judged on the 5,000 of `report`; OpenVINO, float32, batch 1,"
-        f" {cpu_name()}, {options.threads} threads. Speed is the reference's time over the method's, timed in turns in"
-        " one run, with its 95 % interval for the first seed; figures in brackets behind others are the smallest and"
-        " the largest of the seeds.",
-    ]
-    curves: dict[str, list[tuple[str, list[Point]]]] = {}
-    for network in METHODS:
-        times = json.loads((options.work / f"times-{network}.json").read_text())
-        whole = 100 * float(reference_right(network, "report", options).mean())
-        rows = []
-        curves[network] = [
-            (REFERENCE, [Point(REFERENCE, 0, (), (1.0,), 0.0, 1.0, whole, times[REFERENCE]["ms"][0], 1.0)])
-        ]
-        for arm, own in gathered(network):
-            seeds = [s for s in range(options.seeds) if seeded(own[0], s)]
-            seeds = [s for s in seeds if all(said_file(options, a.name, s).exists() for a in own)]
-            per_seed = [[p for a in own for p in points(a, s, times, options, RISKS)] for s in seeds]
-            if not seeds:
-                raise LissomError(f"no seed of {own[0].name} is trained; run the stage train first")
-            if not any(per_seed):
-                rows.append((arm, None, refused_file(options, own[0]).read_text()))
-                continue
-            curves[network].append((arm, front(per_seed[0])))
-            rows.append((arm, [chosen(found) for found in per_seed], ""))
-        best = timed(rows, times, options, network)
-        lines += table(network, rows, best, whole)
-    draw(curves, DOCS / "adaptive.svg")
-    lines += ["", "![accuracy against measured latency](adaptive.svg)"]
-    text = "\n".join(lines) + "\n"
-    (DOCS / "adaptive.md").write_text(text, encoding="utf-8")
-    print(text)
+def page(network: str, options: argparse.Namespace) -> str:
+    """The network's section; draws its plot."""
+    measured = json.loads((options.work / f"times-{network}.json").read_text())
+    times = measured["rows"]
+    whole = 100 * float(reference_right(network, "report", options).mean())
+    rows: list[tuple[str, list[Point | None] | None, str]] = []
+    curves = [(REFERENCE, [Point(REFERENCE, 0, (), (1.0,), 0.0, 1.0, whole, times[REFERENCE]["ms"][0], 1.0)])]
+    for arm, own in gathered(network):
+        seeds = [s for s in range(options.seeds) if seeded(own[0], s)]
+        seeds = [s for s in seeds if all(said_file(options, a.name, s).exists() for a in own)]
+        per_seed = [[p for a in own for p in points(a, s, times, options, RISKS)] for s in seeds]
+        if not seeds:
+            raise LissomError(f"no seed of {own[0].name} is trained; run the stage train first")
+        if not any(per_seed):
+            rows.append((arm, None, refused_file(options, own[0]).read_text()))
+            continue
+        curves.append((arm, front(per_seed[0])))
+        rows.append((arm, [chosen(found) for found in per_seed], ""))
+    best = timed(rows, times, options, network)
+    plot = f"adaptive-{network}.svg"
+    draw(TITLES[network], curves, DOCS / plot)
+    lines = [f"{measured['cpu']}, {measured['threads']} threads.", "", *table(rows, best, whole)]
+    return "\n".join([*lines, "", f"![accuracy against measured latency]({plot})"])
 
 
 def gathered(network: str) -> list[tuple[str, list[Arm]]]:
@@ -608,16 +606,9 @@ def timed(
 
 
 def table(
-    network: str,
-    rows: list[tuple[str, list[Point | None] | None, str]],
-    best: dict[tuple[str, int], Any],
-    whole: float,
+    rows: list[tuple[str, list[Point | None] | None, str]], best: dict[tuple[str, int], Any], whole: float
 ) -> list[str]:
-    title = {"cnn": "The reference CNN", "vit": "The reference vision transformer"}[network]
     lines = [
-        "",
-        f"## {title}",
-        "",
         f"{whole:.2f} % on `report`. Each method where it is fastest with a drop on `choose` of at most {ALLOWED}"
         " points from the reference:",
         "",
@@ -651,7 +642,7 @@ def spread(values: list[float], form: str) -> str:
     return middle if len(values) == 1 else f"{middle} [{form.format(min(values))}, {form.format(max(values))}]"
 
 
-def draw(curves: dict[str, list[tuple[str, list[Point]]]], path: Path) -> None:
+def draw(name: str, curves: list[tuple[str, list[Point]]], path: Path) -> None:
     """Accuracy on report against expected latency, the first seed."""
     import matplotlib
 
@@ -659,20 +650,16 @@ def draw(curves: dict[str, list[tuple[str, list[Point]]]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "lissom"
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4.5))
-    for axis, (network, own) in zip(np.atleast_1d(axes), curves.items(), strict=True):
-        for title, found in own:
-            x, y = [p.ms for p in found], [p.accuracy for p in found]
-            if title.startswith((STATIC, REFERENCE)):
-                axis.plot(x, y, "s", label=title)
-            else:
-                axis.plot(x, y, ".-", label=title)
-        axis.set_title({"cnn": "reference CNN", "vit": "reference vision transformer"}[network])
-        axis.set_xlabel("expected latency, ms")
-        axis.set_ylabel("accuracy on report, %")
-        top = max(p.accuracy for _, found in own for p in found)
-        axis.set_ylim(top - 12, top + 1)
-        axis.legend(fontsize=7)
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for title, found in curves:
+        x, y = [p.ms for p in found], [p.accuracy for p in found]
+        axis.plot(x, y, "s" if title.startswith((STATIC, REFERENCE)) else ".-", label=title)
+    axis.set_title(name)
+    axis.set_xlabel("expected latency, ms")
+    axis.set_ylabel("accuracy on report, %")
+    top = max(p.accuracy for _, found in curves for p in found)
+    axis.set_ylim(top - 12, top + 1)
+    axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
