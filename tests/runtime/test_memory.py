@@ -187,26 +187,25 @@ while True:
 
 def test_a_killed_writer_leaves_whole_answers(tmp_path: Path) -> None:
     """Every answer that the writer said it had kept is there, unless newer ones took its place; none is a half."""
-    rng, first = random.Random(0), 0
+    rng, said = random.Random(0), [-2]
     for _ in range(3):
-        command = [sys.executable, "-c", WRITER, str(tmp_path / "seen"), str(first)]
+        # One more than was said may be in the file.
+        command = [sys.executable, "-c", WRITER, str(tmp_path / "seen"), str(said[-1] + 2)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as writer:
             assert writer.stdout is not None
-            assert writer.stdout.readline()
+            said.append(int(writer.stdout.readline()))
             time.sleep(rng.uniform(0.05, 0.4))
             writer.send_signal(signal.SIGKILL)
-            said = [int(line) for line in writer.stdout if line.endswith("\n")]
-        last = said[-1] if said else first
+            said += [int(line) for line in writer.stdout if line.endswith("\n")]
         with Memory("exact", 400, tmp_path / "seen") as memory:
             memory.bind("writer")
             assert memory._base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             assert len(memory) <= 400
-            for n in range(max(0, last - 390), last + 1):
+            for n in said[1:][-390:]:
                 found = memory.get(n.to_bytes(8, "little"))
                 assert found is not None
                 assert (found.stage, found.answer.tolist()) == (n % 3, [float(n)] * 2000)
-        first = last + 2  # one more may have been written than was said
-    assert first > 6
+    assert len(said) > 6
 
 
 def test_false_hits_are_counted_on_labelled_images() -> None:
