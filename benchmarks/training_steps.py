@@ -5,7 +5,8 @@
 Networks in small on random images; a step is cross-entropy's, forward and back, with SGD, at a batch of 64. The ways of
 one network take turns; each turn gives a ratio, of which the page has the median and the quartiles. The page,
 docs/benchmarks/training_steps.md, has a section for each processor that this was run on, and says what
-``fit(precision="auto")`` chooses there. FOLDER holds the reference CNN.
+``fit(precision="auto")`` chooses there. Last comes a step with a teacher, the same network, whose answers are learned:
+how many times as fast with the teacher in bfloat16 too as with it in float32. FOLDER holds the reference CNN.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from trained_plans import write_section
 
 from lissom.models.factory import create_model, load_model
 from lissom.runtime.target import cpu_flags, cpu_name, default_threads
-from lissom.training.speed import fast_precision, gains, plain_attention
+from lissom.training.speed import fast_precision, gains, plain_attention, taught_in
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "training_steps.md"
@@ -47,6 +48,8 @@ class Way:
 
     model: nn.Module
     precision: str
+    teacher: nn.Module | None = None
+    taught: str = "32-true"
     optimizer: torch.optim.Optimizer = field(init=False)
     seconds: list[float] = field(default_factory=list)
 
@@ -57,6 +60,9 @@ class Way:
         start = time.perf_counter()
         mixed = self.precision == "bf16-mixed"
         with plain_attention(images.device, self.precision):
+            if self.teacher is not None:
+                with torch.no_grad(), taught_in(self.taught, self.teacher, images.device):
+                    labels = self.teacher(images).softmax(1)
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 answers = self.model(images)
             nn.functional.cross_entropy(answers.float(), labels).backward()
@@ -114,16 +120,27 @@ def row(name: str, model: nn.Module, side: int, rounds: int) -> str:
         own = copy.deepcopy(model).train()
         convert_conv2d_weight_memory_format(own, LAYOUTS[layout])
         ways[precision, layout] = Way(own, precision)
+    taught = []
+    if fast_precision(model, "cpu") == "bf16-mixed":
+        for precision in ("32-true", "bf16-mixed"):
+            own, teacher = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
+            for network in (own, teacher):
+                convert_conv2d_weight_memory_format(network, LAYOUTS["last" if gains(model) else "first"])
+            taught.append(Way(own, "bf16-mixed", teacher, precision))
     for _ in range(rounds + 1):
-        for way in ways.values():
+        for way in [*ways.values(), *taught]:
             way.step(images, labels)
     base = ways[WAYS[0]].seconds[1:]  # the first step prepares kernels
-    cells = []
-    for way in list(ways.values())[1:]:
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(base, way.seconds[1:], strict=True)], n=4)
-        cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
+    cells = [times(base, way.seconds[1:]) for way in list(ways.values())[1:]]
+    last = times(*(way.seconds[1:] for way in taught)) if taught else ""
     chosen = f"{fast_precision(model, 'cpu')}, channels {'last' if gains(model) else 'first'}"
-    return f"| {name} | {side} | {' | '.join(cells)} | {chosen} |"
+    return f"| {name} | {side} | {' | '.join(cells)} | {chosen} | {last} |"
+
+
+def times(base: list[float], other: list[float]) -> str:
+    """How many times as fast ``other`` is, turn by turn."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(base, other, strict=True)], n=4)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def section(lines: list[str], options: argparse.Namespace) -> str:
@@ -132,8 +149,8 @@ def section(lines: list[str], options: argparse.Namespace) -> str:
         [
             f"{options.threads} threads, torch {torch.__version__}, {options.rounds} turns.",
             "",
-            f"| network | side | {' | '.join(heads)} | chosen by `auto` |",
-            f"| --- | ---: |{' ---: |' * len(heads)} --- |",
+            f"| network | side | {' | '.join(heads)} | chosen by `auto` | taught in bfloat16 |",
+            f"| --- | ---: |{' ---: |' * len(heads)} --- | ---: |",
             *lines,
         ]
     )

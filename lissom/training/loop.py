@@ -30,7 +30,7 @@ from lissom.training.augmentation import augment_images, augment_masks, draw
 from lissom.training.checkpoint import CHECKPOINT, check_settings, load_checkpoint, save_checkpoint
 from lissom.training.methods.base import Method, method_of
 from lissom.training.optimizers import Kar2, Kar3
-from lissom.training.speed import channels_last, fast_precision, plain_attention
+from lissom.training.speed import channels_last, fast_precision, plain_attention, taught_in
 from lissom.usercode import load_function
 
 __all__ = ["FitEvent", "FitResult", "evaluate", "fit"]
@@ -141,9 +141,9 @@ def fit(
     ``time_limit`` in seconds (over all resumed parts) and ``max_steps`` shorten the schedule itself, so that the
     learning rate has reached zero when they end training. A run with a time limit depends on the machine's speed.
 
-    ``precision`` is "32-true", or mixed: "bf16-mixed", "16-mixed", weights and their steps in float32. "auto" is
-    bf16-mixed where the device multiplies matrices of it fast (a GPU; a processor with AMX or avx512_bf16, unless most
-    of the model's spatial convolutions are depthwise), else 32-true.
+    ``precision`` is "32-true", or mixed: "bf16-mixed", "16-mixed", weights and their steps in float32; a method's
+    ``teacher`` computes in the same. "auto" is bf16-mixed where the device multiplies matrices of it fast (a GPU; a
+    processor with AMX or avx512_bf16, unless most of the model's spatial convolutions are depthwise), else 32-true.
 
     ``devices`` is "auto" (one) or a number; several are several processes, each with its share of every batch.
     ``batch`` is that of all together. Then model, task, method and ``parameters`` are pickled to the processes.
@@ -272,6 +272,7 @@ def _loop(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | None
     if job.max_steps is not None:
         steps = min(steps, job.max_steps)
     labels = torch.from_numpy(np.asarray(task.fit.labels)) if task.fit.labels is not None else None
+    teacher = getattr(method, "teacher", None)
 
     module, *optimizers = fabric.setup(model, *_optimizers(model, job))
     history: list[dict[str, Any]] = []
@@ -338,7 +339,8 @@ def _loop(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | None
 
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
-                loss = method.at(share).loss(module, inputs, targets, task)
+                with taught_in(job.precision, teacher, fabric.device):
+                    loss = method.at(share).loss(module, inputs, targets, task)
                 fabric.backward(loss)
                 if job.clip is not None:
                     for optimizer in optimizers:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lissom.runtime.target import cpu_flags
 
-__all__ = ["channels_last", "fast_precision", "gains", "plain_attention"]
+__all__ = ["channels_last", "fast_precision", "gains", "plain_attention", "taught_in", "whole"]
 
 
 def fast_precision(model: nn.Module, accelerator: str) -> str:
@@ -104,6 +104,45 @@ def plain_attention(device: torch.device, precision: str) -> Iterator[None]:
             yield
     finally:
         cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+@contextmanager
+def taught_in(precision: str, teacher: object, device: torch.device) -> Iterator[None]:
+    """Let a frozen teacher compute in the precision of the training: mixed, its answers float32 again.
+
+    A training's own model is given its precision by Fabric; beside it a teacher in float32 took up to half of a step.
+    What is no module, or a script that cannot be changed, is left as it is.
+    """
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    if dtype is None or not isinstance(teacher, nn.Module) or isinstance(teacher, torch.jit.ScriptModule):
+        yield
+        return
+    forward, own = teacher.forward, "forward" in vars(teacher)
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, dtype):
+            found = forward(*args, **kwargs)
+        return whole(found)
+
+    teacher.forward = mixed
+    try:
+        yield
+    finally:
+        if own:
+            teacher.forward = forward
+        else:
+            del teacher.forward
+
+
+def whole(answers: Any) -> Any:
+    """The same with its floating point tensors in float32, those in lists, tuples and dicts too."""
+    if isinstance(answers, torch.Tensor):
+        return answers.float() if answers.is_floating_point() else answers
+    if type(answers) is dict:
+        return {name: whole(answer) for name, answer in answers.items()}
+    if type(answers) in (list, tuple):
+        return type(answers)(whole(answer) for answer in answers)
+    return answers
 
 
 class _PlainAttention(TorchFunctionMode):

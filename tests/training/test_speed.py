@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,8 @@ from lissom.training import speed
 from lissom.training.checkpoint import CHECKPOINT
 from lissom.training.loop import fit
 from lissom.training.methods.distillation import Distillation
-from lissom.training.speed import channels_last, fast_precision
+from lissom.training.methods.recovery import Recovery, Term
+from lissom.training.speed import channels_last, fast_precision, taught_in
 
 
 def separable(spatial: int, depthwise: int) -> nn.Module:
@@ -105,6 +108,69 @@ def test_a_network_of_depthwise_convolutions_is_trained_in_float32(monkeypatch):
     monkeypatch.setattr(speed, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     chosen = [fast_precision(separable(*counts), "cpu") for counts in ((2, 0), (1, 1), (1, 2))]
     assert chosen == ["bf16-mixed", "bf16-mixed", "32-true"]
+
+
+class Several(nn.Module):
+    """Answers as some networks do, and notes in what its layer computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 3)
+        self.computed: list[torch.dtype] = []
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        found = self.head(x.flatten(1))
+        self.computed.append(found.dtype)
+        return {"logits": (found, found.argmax(1)), "name": "several"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "computed"),
+    [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)],
+)
+def test_a_teacher_computes_in_the_trainings_precision(precision, computed):
+    teacher, device = Several(), torch.device("cpu")
+    with taught_in(precision, teacher, device):
+        answers = teacher(torch.randn(2, 1, 8, 8))
+    with pytest.raises(KeyError), taught_in(precision, teacher, device):  # whatever happens meanwhile
+        raise KeyError
+    assert teacher.computed == [computed]
+    assert [part.dtype for part in answers["logits"]] == [torch.float32, torch.int64]
+    assert "forward" not in vars(teacher)
+    teacher(torch.randn(2, 1, 8, 8))
+    assert teacher.computed[1:] == [torch.float32]
+    teacher.forward = own = lambda x: x  # a forward of the object's own stays its own
+    with taught_in(precision, teacher, device):
+        assert teacher(torch.ones(2)).dtype == torch.float32
+    assert teacher.forward is own
+    with taught_in(precision, "snapshots", device), taught_in(precision, None, device):
+        pass
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_fit_lets_a_teacher_compute_in_its_precision(task, precision, computed):
+    seen = []
+
+    class Watched(Term):
+        def student(self):
+            return ["8"]
+
+        teacher = student
+
+        def parameters(self, model):
+            return model.parameters()
+
+        def loss(self, model, student, teacher, targets, task):
+            seen.append((teacher.answer.dtype, teacher.features["8"].dtype))
+            return nn.functional.mse_loss(student.answer, teacher.answer)
+
+    model, original = convolutional(), convolutional()
+    original[8].register_forward_hook(lambda module, given, found: layers.append(found.dtype))
+    layers: list[torch.dtype] = []
+    settings = {"epochs": 1, "batch": 32, "max_steps": 2, "accelerator": "cpu", "precision": precision}
+    fit(model, task, method=Recovery(original, (Watched(),)), **settings)
+    assert layers[-2:] == [computed] * 2  # before them comes the trial of a layout
+    assert seen == [(torch.float32, torch.float32)] * 2
 
 
 class Attends(nn.Module):

@@ -8,7 +8,7 @@ must be trained one after the other adds ``Phase`` objects instead; ``lissom.tra
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from lissom.errors import LissomError
 from lissom.layers.exits import first_tensor
 from lissom.tasks.task import Task
 from lissom.training.methods.base import Method, unwrapped
+from lissom.training.speed import whole
 
 __all__ = ["Afterwards", "Answers", "Phase", "Recovery", "Seen", "Term"]
 
@@ -189,6 +190,8 @@ class Recovery(Method):
             reads = [term.reads(inner, original) for term in self.terms]
             with torch.no_grad():
                 teacher = _look(original, inputs, [path for _, paths in reads for path in paths])
+            # In mixed precision a teacher's answers are float32, what its layers gave is not yet.
+            teacher = replace(teacher, features=whole(dict(teacher.features)))
             student = _look(model, inputs, [path for paths, _ in reads for path in paths])
         losses = [term.loss(inner, student, teacher, targets, task) for term in self.terms]
         return torch.stack(losses).sum()
