@@ -52,7 +52,6 @@ from lissom.tasks.task import Split, batches
 from lissom.techniques.recipe import Recipe
 from lissom.training.loop import fit
 from lissom.training.methods.distillation import Distillation
-from lissom.training.speed import fast_precision
 
 HERE = Path(__file__).resolve().parent
 RISKS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)  # points: where curves are looked at
@@ -324,7 +323,7 @@ def write_weights(model: nn.Module, path: Path) -> None:
 
 class Remembering(nn.Module):
     """A teacher that is asked once for each image as it comes, shifted and mirrored. Networks of one seed see the same
-    images: the second to be trained finds all answers in the file. It computes in the precision of a training."""
+    images: the second to be trained finds all answers in the file."""
 
     def __init__(self, teacher: nn.Module, file: Path) -> None:
         super().__init__()
@@ -342,9 +341,7 @@ class Remembering(nn.Module):
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
         asked = list({key: i for i, key in enumerate(keys) if key not in self.rows}.values())
         if asked:
-            mixed = fast_precision(self.teacher, "auto") == "bf16-mixed"
-            with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=mixed):
-                found = self.teacher(inputs[asked]).float().cpu().numpy()
+            found = self.teacher(inputs[asked]).detach().float().cpu().numpy()
             for i, answer in zip(asked, found, strict=True):
                 self.rows[keys[i]] = len(self.answers)
                 self.answers.append(answer)

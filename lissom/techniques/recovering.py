@@ -41,17 +41,12 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Training:
-    """How long one training of a recovery was: the optimizer's steps, how often it saw each image, and seconds. Phases
-    are added up."""
+    """How long one training of a recovery, or one of its phases, was: the optimizer's steps, how often it saw each
+    image, and seconds."""
 
     steps: int
     passes: float
     seconds: float
-
-    @classmethod
-    def of(cls, results: FitResult | Sequence[FitResult]) -> Training:
-        every = [results] if isinstance(results, FitResult) else results
-        return cls(sum(r.steps for r in every), sum(r.passes for r in every), sum(r.seconds for r in every))
 
 
 class Recoverer:
@@ -165,7 +160,7 @@ class Recoverer:
         if path.exists():
             model.load_state_dict(load_file(path))
             if said.exists():  # runs of before 2026-11-28 have none
-                self.trainings.append(Training(**json.loads(said.read_text(encoding="utf-8"))))
+                self.trainings += [Training(**each) for each in json.loads(said.read_text(encoding="utf-8"))]
             return
         results = train(
             epochs=self.epochs,
@@ -179,8 +174,10 @@ class Recoverer:
             threads=self.threads,
             precision="auto",
         )
-        self.trainings.append(Training.of(results))
-        write_atomic(said, json.dumps(asdict(self.trainings[-1])))
+        every = [results] if isinstance(results, FitResult) else results
+        own = [Training(r.steps, r.passes, r.seconds) for r in every]
+        self.trainings += own
+        write_atomic(said, json.dumps([asdict(each) for each in own]))
         _keep(model, path, self.folder / name)
 
     def _members(self, recipe: Recipe, cascade: Cascade, plan: Plan) -> Plan:

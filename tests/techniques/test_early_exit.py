@@ -516,6 +516,7 @@ def test_both_stages_of_training(tmp_path, monkeypatch) -> None:  # type: ignore
     recoverer.progress = events.append
     found = recoverer.recover(Recipe((both,)), both.apply(plan, of))
     assert [(e.epoch, e.epochs) for e in events] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [training.passes for training in recoverer.trainings] == [2, 2]  # a phase each
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]  # nothing else is left
     trained, fresh = found.model.state_dict(), both.apply(plan, of).model.state_dict()
     moved = {key for key in trained if not torch.equal(trained[key], fresh[key])}
