@@ -2,14 +2,16 @@
 
 A static graph gains from a larger batch, and so does an adaptive one whose later stages run on batches gathered from
 many (``Stages.run_many``); what the exits save must pay for the gathering. So both run over the same stream of real
-inputs, in turns, and what counts is the time of the whole stream.
+inputs, in turns, and what counts is the time of the whole stream. A batch that is answered by itself has no others to
+be gathered with, and runs on as long as one of its inputs does: that is timed beside the two.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,8 @@ ROUNDS = 5  # at the least: an interval wants several
 @dataclass(frozen=True)
 class BatchRow:
     """At one ``batch`` size: the static model's time over the adaptive one's, with its 95 % interval, and the times of
-    both in milliseconds an input. ``shares``: of the K + 1 stages, how often each was the last one."""
+    both in milliseconds an input. ``shares``: of the K + 1 stages, how often each was the last one. ``apart``: the same
+    three figures of the adaptive model where each batch is answered by itself."""
 
     batch: int
     ratio: float
@@ -36,6 +39,9 @@ class BatchRow:
     static_ms: float
     adaptive_ms: float
     shares: tuple[float, ...]
+    apart_ratio: float
+    apart_interval: tuple[float, float]
+    apart_ms: float
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,9 +53,10 @@ def measure_batches(
     """Time ``pairs`` (static, adaptive) of one model, each pair at a batch size of its own, over float32 ``inputs``
     (N, C, H, W), for about ``seconds`` each pair.
 
-    In each round every artifact runs over all inputs once, the two of a pair next to each other, in turns first. The
-    inputs must be such as the model meets: noise leaves anywhere. Raises LissomError where a pair's batches differ, the
-    static one has exits or the adaptive one has none.
+    In each round every artifact runs over all inputs, the static one once, the adaptive one as a stream and batch by
+    batch; these three follow each other, each of them first in its turn. The inputs must be such as the model meets:
+    noise leaves anywhere. Raises LissomError where a pair's batches differ, the static one has exits or the adaptive
+    one has none.
     """
     opened = []
     for plain, exits in pairs:
@@ -58,29 +65,36 @@ def measure_batches(
         if plain.plan.get("decisions") or not exits.plan.get("decisions"):
             raise LissomError(f"of {plain.path} and {exits.path} only the second is to have exits")
         opened.append((Stages(plain, threads), Stages(exits, threads), plain.input_shape[0]))
-    times: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in opened]
+    times: list[list[list[np.ndarray]]] = [[[], [], []] for _ in opened]
     shares = []
     for static, adaptive, batch in opened:  # a first pass warms up, and tells where inputs leave
         _through(static, inputs, batch)
+        _apart(adaptive, inputs, batch)
         _, left = adaptive.run_many(inputs, batch)
         shares.append(np.bincount(left, minlength=len(adaptive.graphs)) / max(1, len(left)))
     start = time.perf_counter()
     turn = 0
     while turn < ROUNDS or time.perf_counter() - start < seconds * len(opened):
         for (static, adaptive, batch), found in zip(opened, times, strict=True):
-            for arm in (0, 1) if turn % 2 == 0 else (1, 0):
+            arms: list[Callable[[], object]] = [
+                partial(_through, static, inputs, batch),
+                partial(adaptive.run_many, inputs, batch),
+                partial(_apart, adaptive, inputs, batch),
+            ]
+            for arm in (0, 1, 2)[turn % 3 :] + (0, 1, 2)[: turn % 3]:
                 begun = time.perf_counter()
-                if arm:
-                    adaptive.run_many(inputs, batch)
-                else:
-                    _through(static, inputs, batch)
+                arms[arm]()
                 found[arm].append(np.array([time.perf_counter() - begun]))
         turn += 1
     rows = []
-    for (_, _, batch), (static_times, adaptive_times), left_at in zip(opened, times, shares, strict=True):
-        ratio, interval = paired(static_times, adaptive_times)
-        each = [1e3 * float(np.median(np.concatenate(t))) / len(inputs) for t in (static_times, adaptive_times)]
-        rows.append(BatchRow(batch, ratio, interval, each[0], each[1], tuple(float(s) for s in left_at)))
+    for (_, _, batch), (plainly, streamed, apart), left_at in zip(opened, times, shares, strict=True):
+        ratio, interval = paired(plainly, streamed)
+        apart_ratio, apart_interval = paired(plainly, apart)
+        plain_ms, stream_ms, apart_ms = (
+            1e3 * float(np.median(np.concatenate(t))) / len(inputs) for t in (plainly, streamed, apart)
+        )
+        where = tuple(float(s) for s in left_at)
+        rows.append(BatchRow(batch, ratio, interval, plain_ms, stream_ms, where, apart_ratio, apart_interval, apart_ms))
     return rows
 
 
@@ -89,12 +103,17 @@ def _through(stages: Stages, inputs: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([np.asarray(stages.run(part)) for part in filled(inputs, batch)])[: len(inputs)]
 
 
-def break_even(rows: Sequence[BatchRow]) -> int | None:
+def _apart(stages: Stages, inputs: np.ndarray, batch: int) -> np.ndarray:
+    """An adaptive model's answers, each batch run until all of its inputs have left."""
+    return np.concatenate([stages.run_exits(part)[0] for part in filled(inputs, batch)])[: len(inputs)]
+
+
+def break_even(rows: Sequence[BatchRow], *, apart: bool = False) -> int | None:
     """The largest batch of ``rows`` up to which the adaptive model wins beyond the interval, at this and every smaller
-    batch; None where it does not win at the smallest."""
+    batch; None where it does not win at the smallest. ``apart``: where each batch is answered by itself."""
     best = None
     for row in sorted(rows, key=lambda row: row.batch):
-        if row.interval[0] <= 1:
+        if (row.apart_interval if apart else row.interval)[0] <= 1:
             break
         best = row.batch
     return best

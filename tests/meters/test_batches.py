@@ -3,6 +3,7 @@ found. The clock is the test's own."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ INPUTS = np.random.default_rng(0).random((10, 3), dtype=np.float32)
 
 
 class Opened:
-    """Stages that take 8 ms a batch without exits, and 2 ms an input with them."""
+    """Stages that take 8 ms a batch without exits, and with them 2 ms an input of a stream, 3 ms one of a batch."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self.plan, self.batch = artifact.plan, artifact.input_shape[0]
@@ -30,6 +31,11 @@ class Opened:
         assert x.shape == (self.batch, 3)
         CLOCK.now += 8e-3
         return x
+
+    def run_exits(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert x.shape == (self.batch, 3)
+        CLOCK.now += 3e-3 * len(x)
+        return x, np.zeros(len(x), np.int64)
 
     def run_many(self, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
         assert batch == self.batch
@@ -57,8 +63,13 @@ def test_the_stream_is_timed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> 
     assert [row.ratio for row in rows] == pytest.approx([4.0, 2.0, 1.2, 0.8])
     assert all(row.interval == pytest.approx((row.ratio, row.ratio)) for row in rows)
     assert all(row.shares == (0.7, 0.3) for row in rows)
+    # Ten inputs in batches of 4 are three batches, the last of them filled up.
+    assert [row.apart_ms for row in rows] == pytest.approx([3.0, 3.0, 3.6, 3.0])
+    assert [row.apart_ratio for row in rows] == pytest.approx([8 / 3, 4 / 3, 2 / 3, 1.6 / 3])
+    assert all(row.apart_interval == pytest.approx((row.apart_ratio, row.apart_ratio)) for row in rows)
     assert rows[0].to_json()["batch"] == 1
     assert break_even(rows) == 4
+    assert break_even(rows, apart=True) == 2
 
 
 def test_pairs_that_cannot_be_compared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +82,7 @@ def test_pairs_that_cannot_be_compared_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 def row(batch: int, low: float) -> BatchRow:
-    return BatchRow(batch, low + 0.1, (low, low + 0.2), 1.0, 1.0, (1.0,))
+    return BatchRow(batch, low + 0.1, (low, low + 0.2), 1.0, 1.0, (1.0,), low, (low - 0.3, low + 0.3), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -81,3 +92,5 @@ def row(batch: int, low: float) -> BatchRow:
 def test_the_largest_batch_that_still_wins(lows: tuple[float, ...], best: int | None) -> None:
     rows = [row(batch, low) for batch, low in zip((1, 2, 4), lows, strict=True)]
     assert break_even(rows[::-1]) == best
+    apart = [dataclasses.replace(r, interval=r.apart_interval, apart_interval=r.interval) for r in rows]
+    assert break_even(apart, apart=True) == best
