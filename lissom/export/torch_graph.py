@@ -6,9 +6,12 @@ import contextlib
 import io
 import json
 import logging
+import re
+import shutil
+import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -118,44 +121,117 @@ def _load(torch: Any, path: Path | None) -> tuple[Any, list[tuple[tuple[int, ...
         finally:
             logging.disable(disabled)
         return torch.nn.ReLU(), [((1, 1), torch.float32)]
-    _refuse_code(torch, path)
     try:
-        program = torch.export.load(str(path))
+        with tempfile.TemporaryFile() as copy:
+            _copy_without_code(torch, path, copy)
+            copy.seek(0)
+            program = torch.export.load(copy)
         nodes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         inputs = [nodes[name] for name in program.graph_signature.user_inputs]
         # Guards are code in the file; what they guard, the inputs' shapes, is checked before.
         return program.module(check_guards=False), [(tuple(value.shape), value.dtype) for value in inputs]
+    except LissomError:
+        raise
     except Exception as error:  # torch.export raises anything from KeyError to AssertionError on a damaged file
         reason = str(error).strip().splitlines()
         raise LissomError(f"PyTorch cannot open {path}: {reason[0] if reason else type(error).__name__}") from error
 
 
-def _refuse_code(torch: Any, path: Path) -> None:
-    """Raise LissomError where a ``.pt2`` file holds pickles or expressions that torch.export.load would execute.
+def _copy_without_code(torch: Any, path: Path, copy: IO[bytes]) -> None:
+    """Write to ``copy`` what of a ``.pt2`` file cannot make torch.export.load execute anything.
 
-    It falls back to full unpickling wherever an archive asks for it, so that an archive must not ask.
+    It unpickles, evaluates expressions, imports modules and loads libraries wherever an archive asks for it. Whether
+    one asks is seen in what this function read; PyTorch has a reader of archives of its own, which takes other members
+    for the same ones (it does not tell upper from lower case), so that it is given no file but this copy. Raises
+    LissomError where a file asks.
     """
     refused = LissomError(f"{path} holds code that PyTorch would execute on loading; export the model anew")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/")]
-            inside = {name: name.split("/", 1)[-1] for name in names}
-            if not any(name.startswith("models/") for name in inside.values()):
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as fresh:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            root = members[0].filename.partition("/")[0] if members else ""
+            if not any(member.filename == f"{root}/models/model.json" for member in members):
                 raise LissomError(f"{path} is no program saved by torch.export of this version")
-            for member, name in inside.items():
-                if name.startswith(("data/weights/", "data/constants/")):
-                    if name.endswith(".pt"):
-                        raise refused
-                    if name.endswith(".json"):
-                        for payload in json.loads(archive.read(member))["config"].values():
-                            objects = payload["path_name"].startswith(("custom_obj", "opaque_obj"))
-                            if objects or payload["use_pickle"]:
-                                raise refused
-                elif name.startswith("data/sample_inputs/"):
-                    torch.load(io.BytesIO(archive.read(member)), weights_only=True)
-                elif name.startswith("models/") and b'"expr_str"' in archive.read(member):
+            if len({member.filename for member in members}) < len(members):
+                raise refused
+            for member in members:
+                folder, _, name = member.filename.partition("/")
+                if folder != root or not _MEMBERS.fullmatch(name):
                     raise refused
+                if member.compress_type != zipfile.ZIP_STORED:  # as PyTorch writes them: no small file becomes a large
+                    raise LissomError(f"{path} is damaged: its members are compressed")
+                with archive.open(member) as source, fresh.open(f"program/{name}", "w", force_zip64=True) as target:
+                    if name.endswith(".json"):
+                        content = json.loads(source.read().decode())
+                        if not (_is_plain(content) if name == "models/model.json" else _holds_tensors(content)):
+                            raise refused
+                        target.write(json.dumps(content).encode())
+                    elif name == "data/sample_inputs/model.pt":
+                        # Pickled, and unpickled in full where it cannot be as tensors alone.
+                        data = source.read()
+                        torch.load(io.BytesIO(data), weights_only=True)
+                        target.write(data)
+                    else:
+                        shutil.copyfileobj(source, target)
     except LissomError:
         raise
     except Exception as error:  # torn archives, bad JSON, pickles of anything but tensors
         raise LissomError(f"{path} is damaged, or holds code that PyTorch would execute on loading") from error
+
+
+# What torch.export.save writes; libraries, pickles and other files' contents have no place there.
+_MEMBERS = re.compile(
+    r"models/model\.json|data/(weights|constants)/model_\1_config\.json|data/weights/weight_\d+|"
+    r"data/constants/tensor_\d+|data/sample_inputs/model\.pt|"
+    r"archive_format|archive_version|version|byteorder|\.data/version|\.data/serialization_id|\.format_version|"
+    r"\.storage_alignment"
+)
+_OPERATORS = re.compile(
+    r"torch\.ops\.(aten|prims|quantized|quantized_decomposed|onednn|mkldnn|torchvision)\.\w+\.\w+|_operator\.getitem|"
+    r"torch\.ops\.higher_order\.(cond|while_loop|scan|associative_scan|map_impl|flex_attention|invoke_subgraph|"
+    r"wrap_with_autocast|wrap_with_set_grad_enabled)"
+)
+_FILES = re.compile(r"torch\.ops\.aten\.from_file\..*")  # maps a file of any name, and makes it where there is none
+
+
+def _holds_tensors(config: Any) -> bool:
+    """Whether the list of an archive's weights or constants names tensors alone, none of them pickled."""
+    return all(
+        payload["use_pickle"] is False and re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"])
+        for payload in config["config"].values()
+    )
+
+
+def _is_plain(program: Any) -> bool:
+    """Whether a program consists of operators on tensors, and of no expression that is evaluated."""
+    waiting = [program]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            if "expr_str" in part or "as_expr" in part:
+                return False
+            if "target" in part and "inputs" in part:
+                target = part["target"]
+                if not _OPERATORS.fullmatch(target) or _FILES.fullmatch(target):
+                    return False
+            if not all(_is_plain_structure(part[name]) for name in ("in_spec", "out_spec") if name in part):
+                return False
+            waiting += part.values()
+    return True
+
+
+def _is_plain_structure(text: str) -> bool:
+    """Whether what a program takes or gives is made of tuples, lists and dicts: for others PyTorch imports modules."""
+    _, tree = json.loads(text)
+    waiting = [tree]
+    while waiting:
+        part = waiting.pop()
+        if part["type"] not in (None, "builtins.tuple", "builtins.list", "builtins.dict"):
+            return False
+        context = None if part["context"] is None else json.loads(part["context"])
+        if context is not None and not (isinstance(context, list) and all(isinstance(key, str) for key in context)):
+            return False
+        waiting += part["children_spec"]
+    return True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -146,38 +148,65 @@ class Bomb:
         return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("where", ["sample_inputs", "weights", "legacy", "expression", "object"])
+def pickled_weights(data: bytes) -> bytes:
+    config = json.loads(data)
+    config["config"]["weight"]["use_pickle"] = True
+    return json.dumps(config).encode()
+
+
+HOSTILE = (
+    "sample_inputs", "weights", "legacy", "expression", "escaped", "object", "library", "capitals", "twice", "module",
+    "operator", "file", "other",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", HOSTILE)
 def test_a_program_that_holds_code_is_refused_and_not_run(where: str, tmp_path: Path) -> None:
     planted = tmp_path / "planted"
     good, bad = save("torch", tmp_path), tmp_path / "bad.pt2"
+    bomb = pickle.dumps(Bomb(str(planted)), protocol=2)
     hit = False
-    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target:
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # one name twice
+        weights = next(name for name in source.namelist() if name.endswith("weights_config.json"))
+        if where in ("capitals", "twice"):  # PyTorch's reader takes the first of both for the list of weights
+            name = weights if where == "twice" else weights.replace(".json", ".JSON")
+            target.writestr(name, pickled_weights(source.read(weights)))
         for name in source.namelist():
             data = source.read(name)
+            before = data
             if where == "sample_inputs" and "sample_inputs" in name:
-                data, hit = pickle.dumps(Bomb(str(planted)), protocol=2), True
-            if where == "weights" and name.endswith("weights_config.json"):
-                config = json.loads(data)
-                config["config"]["weight"]["use_pickle"] = True
-                data, hit = json.dumps(config).encode(), True
-            if where == "weights" and name.endswith("weights/weight_0"):
-                data = pickle.dumps(Bomb(str(planted)), protocol=2)
-            if where == "legacy" and name.endswith("weights_config.json"):
-                target.writestr(
-                    name.replace("model_weights_config.json", "model.pt"), pickle.dumps(Bomb(str(planted)), protocol=2)
-                )
-                hit = True
+                data = bomb
+            if where == "weights" and name == weights:
+                data = pickled_weights(data)
+            if where in ("weights", "capitals", "twice") and name.endswith("weights/weight_0"):
+                data = bomb
             if where == "object" and name.endswith("constants_config.json"):
                 payload = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": None}
-                data, hit = json.dumps({"config": {"o": payload}}).encode(), True
-                target.writestr(
-                    name.replace("model_constants_config.json", "opaque_obj_0"),
-                    pickle.dumps(Bomb(str(planted)), protocol=2),
-                )
-            if where == "expression" and name.endswith("models/model.json"):
-                data = data.replace(b'{"as_int": 2}', b'{"as_expr": {"expr_str": "open(1)"}}')
-                hit = b"expr_str" in data
+                data = json.dumps({"config": {"o": payload}}).encode()
+                target.writestr(name.replace("model_constants_config.json", "opaque_obj_0"), bomb)
+            if name.endswith("models/model.json"):
+                expression = b'{"as_expr": {"expr_str": "open(1)"}}'
+                if where == "expression":
+                    data = data.replace(b'{"as_int": 2}', expression)
+                if where == "escaped":
+                    data = data.replace(b'{"as_int": 2}', expression.replace(b"expr", b"\\u0065xpr"))
+                if where == "module":  # a key of a dict that is said to be a member of an enumeration of a module
+                    enum = r'"context\": \"[{\\\"__enum__\\\": true, \\\"fqn\\\": \\\"planted:X\\\"}]\"'
+                    data = data.replace(rb'"context\": \"[]\"', enum.encode())
+                if where == "operator":
+                    data = re.sub(rb'"target": "torch[^"]*"', b'"target": "torch.hub.load"', data)
+                if where == "file":
+                    data = re.sub(rb'"target": "torch[^"]*"', b'"target": "torch.ops.aten.from_file.default"', data)
+            hit = hit or data != before
             target.writestr(name, data)
+        root = weights.partition("/")[0]
+        for own, member in (
+            ("legacy", "data/weights/model.pt"), ("library", "data/aotinductor/model/lib.so"), ("other", "../planted"),
+        ):  # fmt: skip
+            if where == own:
+                target.writestr(f"{root}/{member}", bomb)
+                hit = True
     assert hit
     with pytest.raises(LissomError, match="code that PyTorch would execute"):
         open_graph(bad, "torch", threads=1)
