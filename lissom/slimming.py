@@ -40,7 +40,7 @@ from lissom.registry import parts
 from lissom.report.card import card
 from lissom.report.page import write_report
 from lissom.report.shift import shift_table
-from lissom.runtime.artifact import Artifact, write_atomic
+from lissom.runtime.artifact import Artifact, replace_folder, write_atomic
 from lissom.runtime.backends import Stages, inspect
 from lissom.runtime.target import RUNTIMES, Target, default_threads
 from lissom.search.budget import Budget, check_direction
@@ -64,6 +64,7 @@ TRIALS = 12
 RECOVERY_EPOCHS, RECOVERY_STEPS = 5, 1000  # the shorter of both: steps, because minutes depend on the machine
 LONGEST = 500  # epochs of a recovery that minutes limit
 TUNED = "tuned"  # role of a trial whose recipe had the training that the search saved
+FIRST = 2  # trials without exits that a run begins with: the baseline and plain int8
 TUNINGS = 3  # of those at most: by halves they decide among seven
 NEAR = 8.0  # points beyond the budget that such a training may bring back
 PART = "part"  # role of a trial that is the beginning of the winner's recipe
@@ -255,7 +256,8 @@ class _Job:
         capabilities = meter.capabilities(self.target.runtime)
         self.target = replace(self.target, capabilities=frozenset(capabilities["precisions"]))
         loaded = self.prepare(model, data, task, train, arch, weights)
-        with Run(self.folder, self.settings(loaded, data, train, weights), self.resume) as run:
+        fits = self.most + TUNINGS + len(self.techniques) if self.given is None else 1
+        with Run(self.folder, self.settings(loaded, data, train, weights), self.resume, fits=fits) as run:
             self.on = run
             self.train(loaded.model, train)
             self.plan = Plan.of(loaded.model.eval(), self.task.shape)
@@ -534,6 +536,7 @@ class _Job:
         failures: list[tuple[str, Exception]] = []
         notes: tuple[str, ...] = ()
         settings = [self.settled(setting) for setting in settings]
+        self.among = len(settings) * self.fits_like(blank.number)
         for n, setting in enumerate(settings):
             if str(setting) in known:
                 continue
@@ -558,6 +561,18 @@ class _Job:
             if row is not winner and row.artifact.startswith(f"{_ARTIFACTS}/{blank.number:03d}-"):
                 shutil.rmtree(self.folder / row.artifact)
         return replace(winner, role=blank.role, recipe=blank.recipe, notes=(*notes, *remarks))
+
+    def fits_like(self, number: int) -> int:
+        """Among how many trials like this one the promise of exits is shared, as any of them may be chosen.
+
+        The trials that a run begins with, and those that follow its search, share all that may fail. Where a resumed
+        run makes more, so many again share half as much, then a quarter: what they add is said (``exits``). A given
+        recipe is chosen whatever comes of it.
+        """
+        if self.given is not None:
+            return 1
+        again = number // (self.on.fits + FIRST)
+        return self.on.fits if not again else (self.on.fits + FIRST) * 2**again
 
     def make(self, recipe: Recipe, name: str) -> tuple[Recipe, Plan, Artifact, Metrics]:
         """Apply, recover, export, judge. Exits that no sample may take within the promise are left out, and the rest is
@@ -625,7 +640,7 @@ class _Job:
                 scores,
                 (lambda a: self.task.scores(a, targets)) if self.task.labelled else None,
                 seed=self.seed,
-                among=self.most + len(self.techniques) if self.given is None else len(self.given),
+                among=self.among,
             )
             _, own = total(self.plan.model, self.task.shape)
             costs = [e.cost for e in plan.decisions] + [1 + plan.decisions[-1].heads]
@@ -886,7 +901,18 @@ class _Job:
     def exits(self, artifact: Artifact) -> dict[str, Any] | None:
         """Where the winner's samples leave, and what was promised; None where it has no exits."""
         decisions = artifact.plan["decisions"]
-        return {"decisions": decisions, **artifact.plan["exits"]} if decisions else None
+        if not decisions:
+            return None
+        known = artifact.plan["exits"]
+        whole_numbers = any(t.name == "int8" for t in Recipe.parse(artifact.plan.get("recipe") or "").techniques)
+        if whole_numbers and not self.task.fit:
+            self.warnings.append(
+                "there is nothing to train on, so that the ranges of whole numbers were taken from samples that the "
+                "promise of the exits was judged on, which may make it too good; give a train/"
+            )
+        again = 0 if self.given is not None else (len(self.on.trials) - 1) // (self.on.fits + FIRST)
+        failing = known["delta"] * known["among"] * (2 - 0.5**again)
+        return {"decisions": decisions, **known, "sure": 1 - failing}
 
     def shift(self, artifact: Artifact) -> list[dict[str, Any]] | None:
         """How the winner's exits do on spoilt images; None where it has none, or the data are no images."""
@@ -901,8 +927,7 @@ class _Job:
         place, fresh = self.folder / "best", self.folder / "artifacts" / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.copytree(self.folder / winner.artifact, fresh)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(fresh, place)
+        replace_folder(fresh, place)
         return Artifact.open(place)
 
     def final(self, finalists: Sequence[Trial]) -> list[Trial]:

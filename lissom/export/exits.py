@@ -33,7 +33,9 @@ def fit_exits(
     an exit is right where it agrees with the model's last answer. The promise: with probability 1 - delta the exits
     cost at most ``risk`` points of quality over the model without them. Where one of several artifacts fitted on the
     same data will be chosen, ``among`` is their number: each then has its share of delta, and the promise holds for
-    whichever it is. Raises LissomError for scores that are no numbers and for exits that disagree on what they promise.
+    whichever it is. That is exact for candidates decided on beforehand. A search that proposes the next ones by what it
+    saw of this data chooses among more than it fits, which the number does not count. Raises LissomError for scores
+    that are no numbers and for exits that disagree on what they promise.
     """
     promises = {(e.risk, e.delta) for e in exits}
     if len(promises) != 1:

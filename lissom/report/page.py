@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def _exits(result: dict[str, Any]) -> dict[str, Any] | None:
     shares = exits.get("shares") or [None] * len(rows)
     for row, share in zip(rows, shares, strict=False):
         row["share"] = _percent(share)
-    sure, points = f"{100 * (1 - exits['delta'] * exits['among']):.0f} %", f"{100 * exits['risk']:.2g} points"
+    # Rounded down: a promise is not made larger than what was proved.
+    proved = exits.get("sure", 1 - exits["delta"] * exits["among"])
+    sure, points = f"{math.floor(100 * proved + 1e-9):.0f} %", f"{100 * exits['risk']:g} points"
     promise = (
         f"With a probability of {sure} the exits cost at most {points} of {result['task']['metric']}, judged on "
         f"{exits['n_test']} samples (Learn then Test). {exits.get('note') or ''}"

@@ -22,13 +22,14 @@ class Run:
     """A folder with ``run.json`` (the settings), ``trials.jsonl`` and ``artifacts/``.
 
     Use as a context manager: inside, no other process can write to the folder. Raises LissomError where the folder
-    holds a run and ``resume`` is False, where another process holds it, or where the settings differ.
+    holds a run and ``resume`` is False, where another process holds it, or where the settings differ. ``fits``, how
+    many trials a promise is shared among, is what it was when the run began, whatever a resumed one says.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], resume: bool = False, *, fits: int = 1) -> None:
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(settings))
-        self.resume = resume
+        self.resume, self.fits = resume, fits
         self.trials: list[Trial] = []
 
     def __enter__(self) -> Run:
@@ -47,7 +48,7 @@ class Run:
                 raise
             raise LissomError(f"another run is writing to {self.folder}; wait for it, or give another --out") from error
         try:
-            for left in (self.folder / "artifacts").glob(".*"):  # half-written when a former process was killed
+            for left in (*self.folder.glob("artifacts/.*"), *self.folder.glob(".best.*")):  # half-written when killed
                 shutil.rmtree(left, ignore_errors=True)
             self._settle()
             self.trials = self._read()
@@ -62,11 +63,12 @@ class Run:
     def _settle(self) -> None:
         path = self.folder / "run.json"
         if not path.exists():
-            write_atomic(path, json.dumps(self.settings, indent=1))
+            write_atomic(path, json.dumps({**self.settings, "fits": self.fits}, indent=1))
             return
         if not self.resume:
             raise LissomError(f"{self.folder} already holds a run; continue it with --resume, or give another --out")
         before = json.loads(path.read_text(encoding="utf-8"))
+        self.fits = before.pop("fits", self.fits)
         for key in sorted(before.keys() | self.settings.keys()):
             old, new = before.get(key), self.settings.get(key)
             if old != new:

@@ -147,5 +147,9 @@ def test_the_page_shows_the_table(make_result, fitted: tuple[Artifact, Task]) ->
     assert "The same 50 images" in page
     for said in ("as they are", "blur 1", "noise 3", "brightness 2", "12.3", "broken"):
         assert said in page
+    assert "With a probability of 95 % the exits cost at most 5 points" in page
     assert hostile not in page
     assert "&lt;b&gt;heads&lt;/b&gt;" in page
+    # What is said is no more than what was proved.
+    page = render({**result, "exits": {**exits, "risk": 0.0125, "sure": 0.9349}})
+    assert "With a probability of 93 % the exits cost at most 1.25 points" in page

@@ -53,6 +53,26 @@ def test_other_settings_are_named(tmp_path):
         pass
 
 
+def test_what_a_promise_is_shared_among_stays(tmp_path):
+    """A run that is resumed with more trials keeps the number that its first trials had their shares of."""
+    with Run(tmp_path, SETTINGS, fits=12) as run:
+        assert run.fits == 12
+    with Run(tmp_path, SETTINGS, resume=True, fits=200) as run:
+        assert run.fits == 12
+    (tmp_path / "run.json").write_text(json.dumps(SETTINGS))  # one of before it was kept
+    with Run(tmp_path, SETTINGS, resume=True, fits=200) as run:
+        assert run.fits == 200
+
+
+def test_the_winner_that_a_kill_left_aside_is_swept(tmp_path):
+    with Run(tmp_path, SETTINGS):
+        pass
+    (tmp_path / ".best.abc" / "old").mkdir(parents=True)
+    with Run(tmp_path, SETTINGS, resume=True):
+        pass
+    assert not (tmp_path / ".best.abc").exists()
+
+
 def test_damage_is_said(tmp_path):
     with Run(tmp_path, SETTINGS):
         pass

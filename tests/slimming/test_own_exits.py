@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lissom
+from lissom import slimming
 from lissom.data.splits import ArraySplit
 from lissom.layers.exits import exits_of, put_away_exits
 from lissom.models.factory import create_model
@@ -42,6 +44,31 @@ def test_its_exits_are_used_as_they_were_trained(tmp_path: Path) -> None:
     assert given.metrics.drop <= 5
     answers = lissom.load(result.artifact)(of.report.inputs(slice(0, 300)))
     assert (answers.argmax(-1) == of.report.labels).mean() > 0.6
+    # The winner of a given recipe is known before its exits are fitted, so that all that may fail is theirs.
+    assert (artifact.plan["exits"]["delta"], artifact.plan["exits"]["among"]) == (0.05, 1)
+    assert result.json["exits"]["sure"] == pytest.approx(0.95)
+
+
+@pytest.mark.full
+def test_exits_that_are_searched_share_the_promise_with_all_that_may_be_chosen(tmp_path: Path) -> None:
+    meter = standin.StandIn(slow=lambda recipe: "int8" in recipe)
+    result = standin.run(tmp_path / "r", net=trained(), task=task(), techniques=("early_exit",), trials=4, meter=meter)
+    exits = result.json["exits"]
+    assert exits is not None, [t.reason for t in result.trials]
+    among = 4 + slimming.TUNINGS + 1  # the trials, those trained by themselves, and one without the technique
+    assert (exits["among"], exits["delta"]) == (among, pytest.approx(0.05 / among))
+    assert exits["sure"] == pytest.approx(0.95)
+
+
+def test_what_may_fail_is_shared_by_whatever_number_of_trials() -> None:
+    """The first ``fits`` use up delta, those of a resumed run half of it more, then a quarter."""
+    job = SimpleNamespace(given=None, on=SimpleNamespace(fits=10))
+    shares = [1 / slimming._Job.fits_like(job, number) for number in range(60)]
+    with_exits = shares[slimming.FIRST :]
+    assert sum(with_exits[:10]) == pytest.approx(1)
+    assert sum(with_exits[:22]) == pytest.approx(1.5)
+    assert sum(with_exits) < 2
+    assert slimming._Job.fits_like(SimpleNamespace(given=object()), 7) == 1
 
 
 @pytest.mark.full
