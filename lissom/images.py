@@ -7,6 +7,7 @@ in use.
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ MAX_BYTES = 64 * 2**20
 def open_image(source: bytes | str | Path) -> Any:
     """Decode an image file, or the bytes of one, into a Pillow image.
 
-    Raises LissomError, with the reason, where the file is no image, is truncated or exceeds MAX_BYTES or MAX_PIXELS.
+    Raises LissomError, with the reason, where the file is no image, is truncated or exceeds MAX_BYTES or MAX_PIXELS;
+    and for a pipe or a device, which may never end.
     """
     from PIL import Image
 
@@ -33,10 +35,13 @@ def open_image(source: bytes | str | Path) -> Any:
         if isinstance(source, bytes):
             data = source
         else:
-            size = Path(source).stat().st_size
-            if size > MAX_BYTES:
-                raise LissomError(f"{size} bytes, more than the limit of {MAX_BYTES}")
-            data = Path(source).read_bytes()
+            known = Path(source).stat()
+            if not stat.S_ISREG(known.st_mode):
+                raise LissomError("not a readable image (a folder, a pipe or a device)")
+            if known.st_size > MAX_BYTES:
+                raise LissomError(f"{known.st_size} bytes, more than the limit of {MAX_BYTES}")
+            with Path(source).open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise LissomError(f"{len(data)} bytes, more than the limit of {MAX_BYTES}")
         with warnings.catch_warnings():
@@ -72,7 +77,10 @@ class Preprocessing:
     interpolation: str = "bicubic"
 
     def pixels(self, image: Any) -> np.ndarray:
-        """A Pillow image, or uint8 (H, W) or (H, W, C), as uint8 (height, width, channels)."""
+        """A Pillow image, or uint8 (H, W) or (H, W, C), as uint8 (height, width, channels).
+
+        Raises LissomError where a long and narrow image, made as wide as it must be, would exceed MAX_PIXELS.
+        """
         from PIL import Image
 
         if isinstance(image, np.ndarray):
@@ -86,6 +94,11 @@ class Preprocessing:
                 image = image.resize((self.width, self.height), kernel)
             else:
                 scale = max(self.width / image.width, self.height / image.height) / self.crop
+                if not image.width * scale * image.height * scale <= MAX_PIXELS:
+                    raise LissomError(
+                        f"{image.width} x {image.height} pixels, which would be resized to more than the limit of "
+                        f"{MAX_PIXELS}"
+                    )
                 wide = max(self.width, round(image.width * scale))
                 high = max(self.height, round(image.height * scale))
                 image = image.resize((wide, high), kernel)

@@ -107,7 +107,7 @@ def _packs(plan: Plan, shape: tuple[int, ...], batch: int) -> bool:
     device = next((p.device for p in joint.parameters()), None)
     try:
         some, more = (joint.eval()(torch.zeros(n, *shape, device=device)) for n in (batch, batch + 1))
-    except RuntimeError:  # a forward written for one batch size alone
+    except Exception:  # a forward written for one batch size alone, in whatever words it says so
         return False
     finally:
         for module, mode in training.items():

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from lissom.errors import LissomError
 from lissom.registry import register
-from lissom.runtime.backends import Answer, beside, missing
+from lissom.runtime.backends import Answer, Shape, beside, missing
 
 __all__ = ["TorchGraph"]
 
@@ -56,10 +57,11 @@ class TorchGraph:
         if self.device.type == "cuda":
             self.gpu = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         names, convert = list(options.get("shared") or ()), "dtype" in options
-        module, inputs = _load(torch, path)
+        module, inputs, self.gives = _load(torch, path)
         module = module.to(device=self.device)
         self.shared = [self._weight(tensor, convert) for tensor in _shared(path, names)]
         own = inputs[: len(inputs) - len(names)]
+        self.takes = [_static(shape) for shape, _ in own]
         # A program takes what it was exported for: float32, or bfloat16 from the stage before it.
         self.inputs = [self.dtype if convert and dtype.is_floating_point else dtype for _, dtype in own]
         self.module = module.to(self.dtype) if convert else module
@@ -108,8 +110,13 @@ def _shared(path: Path | None, names: list[str]) -> list[Any]:
         raise LissomError(f"PyTorch cannot open the weights beside {path}: {error}") from error
 
 
-def _load(torch: Any, path: Path | None) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
-    """The program's module, and the shape and type of each of its inputs."""
+def _static(shape: Sequence[Any]) -> Shape:
+    """PyTorch has symbols for sizes that a program leaves open."""
+    return tuple(shape) if all(isinstance(size, int) for size in shape) else None
+
+
+def _load(torch: Any, path: Path | None) -> tuple[Any, list[tuple[tuple[int, ...], Any]], list[Shape]]:
+    """The program's module, the shape and type of each of its inputs, and the shapes of its outputs."""
     if path is None:
         # What opening a program imports is the runtime's own cost too, and larger than most programs: it is imported
         # by trying to open none.
@@ -120,16 +127,17 @@ def _load(torch: Any, path: Path | None) -> tuple[Any, list[tuple[tuple[int, ...
                 torch.export.load(io.BytesIO())
         finally:
             logging.disable(disabled)
-        return torch.nn.ReLU(), [((1, 1), torch.float32)]
+        return torch.nn.ReLU(), [((1, 1), torch.float32)], [(1, 1)]
     try:
         with tempfile.TemporaryFile() as copy:
             _copy_without_code(torch, path, copy)
             copy.seek(0)
             program = torch.export.load(copy)
-        nodes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
         inputs = [nodes[name] for name in program.graph_signature.user_inputs]
+        gives = [_static(nodes[name].shape) for name in program.graph_signature.user_outputs]
         # Guards are code in the file; what they guard, the inputs' shapes, is checked before.
-        return program.module(check_guards=False), [(tuple(value.shape), value.dtype) for value in inputs]
+        return program.module(check_guards=False), [(tuple(value.shape), value.dtype) for value in inputs], gives
     except LissomError:
         raise
     except Exception as error:  # torch.export raises anything from KeyError to AssertionError on a damaged file

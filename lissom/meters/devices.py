@@ -142,16 +142,17 @@ class SshMeter:
 
 
 def _packed(artifact: Artifact) -> bytes:
-    """A tar archive of the artifact's plan and graphs."""
+    """A tar archive of the artifact's plan and graphs, as they were exported: the device refuses others, and keeps what
+    it has under the plan's own digest."""
+    names = ("plan.json", *artifact.plan["files"])
+    for name in names:
+        if not (artifact.path / name).resolve().is_relative_to(artifact.path.resolve()):
+            raise LissomError(f"{artifact.path} names a file outside itself: {name}")
+    artifact.verify()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in ("plan.json", *artifact.plan["files"]):
-            if not (artifact.path / name).resolve().is_relative_to(artifact.path.resolve()):
-                raise LissomError(f"{artifact.path} names a file outside itself: {name}")
-            try:
-                archive.add(artifact.path / name, name, recursive=False)
-            except OSError as error:
-                raise LissomError(f"{artifact.path} lacks its file {name}; export it anew") from error
+        for name in names:
+            archive.add(artifact.path / name, name, recursive=False)
     return buffer.getvalue()
 
 

@@ -39,6 +39,7 @@ NAMED = 3  # rows that a warning names
 # OpenVINO's kinds of nodes that multiply: their kernels tell the precision of a layer.
 MULTIPLYING = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention", "RNNCell",
                "RNNSeq"}  # fmt: skip
+BITS = (4, 8, 16, 32)  # an element may have
 SECONDS = 1.0  # of running, once for the latency and once for the layers' times
 
 
@@ -186,7 +187,7 @@ def profile(
     if artifact is not None:
         if shape is not None or batch != 1:
             raise LissomError(f"{artifact.path} has a shape and a batch of its own; leave them out")
-        costs = [LayerCost.from_json(fields) for fields in artifact.plan.get("layers", [])]
+        costs = _costs(artifact)
         if not costs or not artifact.plan.get("nodes"):
             raise LissomError(f"{artifact.path} does not say what its layers cost; profile the model it came from")
         return _profile(artifact, costs, threads, machine, name or artifact.path.name)
@@ -206,8 +207,26 @@ def _as_artifact(model: Any) -> Artifact | None:
     if isinstance(model, Artifact):
         return model
     if isinstance(model, str | Path) and Path(model).is_dir():
-        return Artifact.open(model)
+        artifact = Artifact.open(model)
+        artifact.verify()
+        return artifact
     return None
+
+
+def _costs(artifact: Artifact) -> list[LayerCost]:
+    """What the plan says that the layers cost. Raises LissomError where that is no list of layers."""
+    costs = []
+    for fields in artifact.plan.get("layers") or []:
+        try:
+            cost = LayerCost.from_json(fields)
+        except TypeError as error:
+            raise LissomError(f"the layers in {artifact.path}/plan.json are damaged ({error})") from error
+        amounts = (cost.macs, cost.params, cost.read_bytes, cost.write_bytes, cost.weight_bytes)
+        counted = all(type(n) is int and n >= 0 for n in amounts) and type(cost.batch) is int and cost.batch > 0
+        if not counted or cost.bits not in BITS or not all(isinstance(t, str) for t in (cost.path, cost.kind)):
+            raise LissomError(f"the layers in {artifact.path}/plan.json are damaged ({cost})")
+        costs.append(cost)
+    return costs
 
 
 def _as_module(model: Any) -> tuple[nn.Module, tuple[int, ...] | None, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,14 +21,18 @@ __all__ = ["Answer", "Graph", "Inspection", "LayerTime", "Stages", "beside", "in
            "layer_times", "missing", "open_graph"]  # fmt: skip
 
 Answer = np.ndarray | list[np.ndarray]
+Shape = tuple[int, ...] | None  # of a tensor; None where the graph leaves a size open
 
 INSTALL = {"openvino": "openvino", "onnxruntime": "lissom[onnx]", "torch": "torch"}
 
 
 class Graph(Protocol):
-    """A graph ready to run. ``gpu`` is the UUID of the GPU that it runs on, None on a processor."""
+    """A graph ready to run. ``gpu`` is the UUID of the GPU that it runs on, None on a processor; ``takes`` and
+    ``gives`` are the shapes of its inputs and its outputs, in order."""
 
     gpu: str | None
+    takes: Sequence[Shape]
+    gives: Sequence[Shape]
 
     def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
         """Run float32 ``x`` of the graph's own static shape; one array, or a list where it has several outputs.
@@ -102,6 +107,20 @@ def layer_times(
     return graph.layer_times(runs)
 
 
+def last_stages(artifact: Artifact) -> np.ndarray:
+    """How often each of K + 1 stages is the last one to run, (K + 1,): what a measurement weighs them by.
+
+    Samples leave as they were counted to do on the choose split. A batch whose rows cannot be put together with others'
+    (``packs``) runs on until the last of its samples leaves.
+    """
+    decisions = artifact.plan.get("decisions") or []
+    known = (artifact.plan.get("exits") or {}).get("shares")
+    shares = np.array(known if known else [0.0] * len(decisions) + [1.0])
+    if artifact.plan.get("packs") is True or artifact.input_shape[0] == 1:
+        return shares
+    return np.diff(np.minimum(np.cumsum(shares), 1.0) ** artifact.input_shape[0], prepend=0.0)
+
+
 class Stages:
     """An artifact's stages, opened; itself a Graph.
 
@@ -109,6 +128,8 @@ class Stages:
     each but the last answers (answer, score, carried...), and the next runs, on what was carried, only where the
     decision between them does not let a sample leave: where score > threshold it does. ``packs``: rows of what is
     carried are those of the batch, so that rows of several batches may run together.
+
+    Raises LissomError where a graph cannot be opened, and where the graphs do not fit the plan or each other.
     """
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
@@ -116,9 +137,38 @@ class Stages:
         decisions = artifact.plan.get("decisions") or []
         self._decide([math.inf if d["threshold"] is None else d["threshold"] for d in decisions])
         self.packs = artifact.plan.get("packs") is True
-        shares = (artifact.plan.get("exits") or {}).get("shares")
-        # How often each stage is the last one, as counted on the choose split: what a measurement weighs them by.
-        self.shares = np.array(shares if shares else [0.0] * len(decisions) + [1.0])
+        self._check(artifact)
+        self.shares = last_stages(artifact)
+
+    def _check(self, artifact: Artifact) -> None:
+        """Raise LissomError where the graphs take or give something else than the plan says: before anything of the
+        size that the plan says is made."""
+
+        def refused(what: str) -> LissomError:
+            return LissomError(f"{artifact.path} is damaged: {what}; export it anew")
+
+        shape, takes = artifact.input_shape, self.graphs[0].takes
+        if list(takes) != [shape]:
+            raise refused(f"its plan says inputs of shape {shape}, its graph takes {_shown(takes)}")
+        for number, (graph, after) in enumerate(pairwise(self.graphs), 1):
+            if self.thresholds and not self._decides(graph, shape[0]):
+                raise refused(f"stage {number} gives {_shown(graph.gives)}, not an answer, a score and what is carried")
+            carried = graph.gives[2:] if self.thresholds else graph.gives
+            if None in carried or list(carried) != list(after.takes):
+                raise refused(f"stage {number} hands on {_shown(carried)}, the next one takes {_shown(after.takes)}")
+
+    def _decides(self, graph: Graph, batch: int) -> bool:
+        """Whether a graph gives what a stage with a decision behind it does."""
+        if len(graph.gives) < 3:
+            return False
+        answer, score, *carried = graph.gives
+        rows = [answer, *(carried if self.packs else [])]
+        return (
+            answer == self.graphs[-1].gives[0]
+            and score is not None
+            and math.prod(score) == batch
+            and all(shape is not None and shape[:1] == (batch,) for shape in rows)
+        )
 
     def _decide(self, thresholds: Sequence[float]) -> None:
         self.thresholds = [float(threshold) for threshold in thresholds]
@@ -237,3 +287,7 @@ class Stages:
                 carried = found[2:]
             times.append(time.perf_counter() - start)
         return times
+
+
+def _shown(shapes: Sequence[Shape]) -> str:
+    return " and ".join("an open shape" if shape is None else str(shape) for shape in shapes) or "nothing"

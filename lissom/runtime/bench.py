@@ -28,7 +28,7 @@ import numpy as np
 
 from lissom.errors import LissomError
 from lissom.runtime.artifact import Artifact
-from lissom.runtime.backends import Stages, open_graph
+from lissom.runtime.backends import Stages, last_stages, open_graph
 from lissom.runtime.energy import NOT_AVAILABLE, energy_counter
 from lissom.runtime.target import RUNTIMES, default_threads, local_capabilities
 
@@ -188,7 +188,6 @@ def _interleave(workers: Sequence[_Worker], seconds: float) -> list[list[Block]]
 def _row(artifact: Artifact, rounds: list[Block], reference: list[Block]) -> dict[str, Any]:
     taken = np.concatenate([block.times for block in rounds])
     exits = np.concatenate([block.exits for block in rounds])
-    shares = (artifact.plan.get("exits") or {}).get("shares") or [1.0]
     batch = artifact.input_shape[0]
     speedup, interval = 1.0, (1.0, 1.0)
     if rounds is not reference:
@@ -200,7 +199,7 @@ def _row(artifact: Artifact, rounds: list[Block], reference: list[Block]) -> dic
         "runs": len(taken),
         "latency_ms": 1e3 * float(np.percentile(taken, 50)),
         "stages_ms": [1e3 * float(t) for t in np.median(exits, axis=0)],
-        "p95_ms": 1e3 * _percentile(exits, np.array(shares), 95),
+        "p95_ms": 1e3 * _percentile(exits, last_stages(artifact), 95),
         "throughput": batch / float(taken.mean()),
         "speedup": speedup,
         "speedup_ci": interval,
@@ -322,8 +321,8 @@ class _Bench:
         """Seconds of one run, and until each stage's decision.
 
         Where samples leave early, every stage is run and timed, and the run counts as the mean over where samples
-        leave: its input is noise, which would leave anywhere. Of a batch above 1 that is what one of many batches
-        costs, since inputs of several run a stage together (``Stages.run_many``).
+        leave (``last_stages``): its input is noise, which would leave anywhere. Of a batch above 1 that is what one of
+        many batches costs, where inputs of several run a stage together (``Stages.run_many``).
         """
         if self.shares is not None:
             exits = self.graph.time_exits(self.x)
@@ -405,6 +404,8 @@ def _document(arguments: argparse.Namespace) -> dict[str, Any]:
             raise LissomError("name an artifact, or ask for --capabilities")
         return document
     artifacts = [Artifact.open(path) for path in (arguments.artifact, *arguments.against)]
+    for artifact in {artifact.path: artifact for artifact in artifacts}.values():  # once each: workers rely on it
+        artifact.verify()
     for artifact in artifacts:
         if arguments.batch not in (None, artifact.input_shape[0]):
             raise LissomError(

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -48,6 +48,7 @@ __all__ = [
 
 KINDS = ("exact", "dhash", "invariants")
 CAPACITY = 10_000
+DIGITS_OF_CAPACITY = 18  # at most; Python reads no number of thousands
 SIDE = 32  # invariants are of at most so many rows and columns
 DIGITS = 9  # significant ones of a key of invariants: the last bits of a float differ from platform to platform
 
@@ -199,8 +200,10 @@ def false_hits(labelled: Iterable[tuple[np.ndarray, int]], kind: str, capacity: 
 
     The memory is filled with their own labels, so that a network's errors do not count: a wrong hit is an image with
     the key of an earlier one of another class. The first image under a key gives its label, as answers do. Data that
-    hold no repeated and no turned images show how keys of different images collide, and nothing else.
+    hold no repeated and no turned images show how keys of different images collide, and nothing else. Raises
+    LissomError where kind or capacity is unknown.
     """
+    _check(kind, capacity)
     known: OrderedDict[bytes, int] = OrderedDict()
     count = hits = wrong = 0
     for image, label in labelled:
@@ -219,6 +222,13 @@ def false_hits(labelled: Iterable[tuple[np.ndarray, int]], kind: str, capacity: 
 # The memory
 
 
+def _check(kind: Any, capacity: Any) -> None:
+    if kind not in KINDS:
+        raise LissomError(f"no memory is called {kind!r}; known: {', '.join(KINDS)}")
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise LissomError(f"a memory's capacity is a number of answers, at least 1, not {capacity!r}")
+
+
 class Remembered(NamedTuple):
     """An answer as it was given: float32 (classes,), and the stage that gave it."""
 
@@ -231,6 +241,15 @@ _SCHEMA = {
     "by_use": "CREATE INDEX by_use ON answers (used)",
     "owner": "CREATE TABLE owner (kind TEXT, artifact TEXT)",
 }
+# How many answers there are, when one was last used, and how many are none. SQLite keeps values of any type in any
+# column, and an index may say otherwise than its table: +used is read from the table, as ``get`` reads its row.
+_READ = """
+SELECT COUNT(*), COALESCE(MAX(+used), 0), COUNT(*) - COALESCE(SUM(
+    typeof(key) = 'blob' AND typeof(used) = 'integer' AND +used BETWEEN 0 AND (1 << 62)
+    AND typeof(stage) = 'integer' AND stage >= 0
+    AND typeof(answer) = 'blob' AND length(answer) > 0 AND length(answer) % 4 = 0), 0)
+FROM answers
+"""
 
 
 class Memory:
@@ -243,10 +262,7 @@ class Memory:
     """
 
     def __init__(self, kind: str = "exact", capacity: int = CAPACITY, file: str | Path | None = None) -> None:
-        if kind not in KINDS:
-            raise LissomError(f"no memory is called {kind!r}; known: {', '.join(KINDS)}")
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise LissomError(f"a memory's capacity is a number of answers, at least 1, not {capacity!r}")
+        _check(kind, capacity)
         self.kind, self.capacity = kind, capacity
         self.file = None if file is None else Path(file)
         self.hits = self.misses = 0
@@ -265,32 +281,36 @@ class Memory:
     def of(cls, text: str, file: str | Path | None = None) -> Self:
         """A memory from ``KIND`` or ``KIND:CAPACITY``, as in "dhash:5000"."""
         kind, colon, number = text.partition(":")
-        if colon and not (number.isascii() and number.isdigit()):
-            raise LissomError(f"a memory is KIND or KIND:CAPACITY, as in dhash:5000, not {text!r}")
+        if colon and not (number.isascii() and number.isdigit() and len(number) <= DIGITS_OF_CAPACITY):
+            raise LissomError(f"a memory is KIND or KIND:CAPACITY, as in dhash:5000, not {text[:40]!r}")
         return cls(kind, int(number) if colon else CAPACITY, file)
 
     def _open(self) -> None:
         run = self._base.execute
         run("PRAGMA trusted_schema = OFF")
         run("PRAGMA locking_mode = EXCLUSIVE")
-        run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = NORMAL")
         run("BEGIN EXCLUSIVE")
         there = dict(run("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        run("COMMIT")
+        if there and there != _SCHEMA:  # nothing of a stranger's (views, triggers) is ever run, and nothing changed
+            raise LissomError(f"{self.file} holds something else than answers; name another file")
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = NORMAL")
         if not there:
+            run("BEGIN EXCLUSIVE")
             for statement in _SCHEMA.values():
                 run(statement)
             run("INSERT INTO owner VALUES (?, '')", (self.kind,))
-        run("COMMIT")
-        if there and there != _SCHEMA:  # nothing of a stranger's (views, triggers) is ever run
-            raise LissomError(f"{self.file} holds something else than answers; name another file")
+            run("COMMIT")
         owners = run("SELECT kind, artifact FROM owner").fetchall()
         if len(owners) != 1:
             raise LissomError(f"{self.file} is damaged; delete it")
         if owners[0][0] != self.kind:
             raise LissomError(f"{self.file} is a memory of kind {owners[0][0]}, not {self.kind}; name another file")
         self._owner = str(owners[0][1])
-        self._count, self._clock = run("SELECT COUNT(*), COALESCE(MAX(used), 0) FROM answers").fetchone()
+        self._count, self._clock, damaged = run(_READ).fetchone()
+        if damaged:
+            raise LissomError(f"{self.file} is damaged; delete it")
         self._forget()
 
     @contextlib.contextmanager
@@ -330,11 +350,7 @@ class Memory:
             self._clock += 1
             self._base.execute("UPDATE answers SET used = ? WHERE key = ?", (self._clock, key))
             self.hits += 1
-        try:
-            stage, answer = int(row[0]), np.frombuffer(row[1], "<f4").astype(np.float32)
-        except (TypeError, ValueError) as error:
-            raise LissomError(f"{self.file} is damaged; delete it") from error
-        return Remembered(answer, stage)
+        return Remembered(np.frombuffer(row[1], "<f4").astype(np.float32), int(row[0]))
 
     def put(self, key: bytes, answer: np.ndarray, stage: int) -> None:
         """Keep an answer, float32 (classes,), under a key; the least recently used leaves where there is no room."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from lissom.errors import LissomError
 from lissom.registry import register
-from lissom.runtime.backends import Answer, missing
+from lissom.runtime.backends import Answer, Shape, missing
 
 __all__ = ["OnnxGraph"]
 
@@ -39,11 +39,19 @@ class OnnxGraph:
             self.session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base of their own
             raise LissomError(f"ONNX Runtime cannot open {path}: {str(error).strip().splitlines()[0]}") from error
-        self.inputs = [given.name for given in self.session.get_inputs()]
+        inputs = self.session.get_inputs()
+        self.inputs = [given.name for given in inputs]
+        self.takes = [_shape(given.shape) for given in inputs]
+        self.gives = [_shape(given.shape) for given in self.session.get_outputs()]
 
     def run(self, x: np.ndarray | list[np.ndarray]) -> Answer:
         answers = self.session.run(None, dict(zip(self.inputs, x if isinstance(x, list) else [x], strict=True)))
         return answers[0] if len(answers) == 1 else answers
+
+
+def _shape(sizes: list[Any]) -> Shape:
+    """ONNX Runtime gives an open size by its name, or as None."""
+    return tuple(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _field(number: int, value: bytes | int) -> bytes:

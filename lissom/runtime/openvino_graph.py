@@ -11,7 +11,7 @@ import numpy as np
 
 from lissom.errors import LissomError
 from lissom.registry import register
-from lissom.runtime.backends import Answer, Inspection, LayerTime, beside, missing
+from lissom.runtime.backends import Answer, Inspection, LayerTime, Shape, beside, missing
 
 __all__ = ["OpenVinoGraph", "import_openvino"]
 
@@ -60,6 +60,9 @@ class OpenVinoGraph:
             "INFERENCE_PRECISION_HINT": precision,
             "PERF_COUNT": bool(options.get("count")),
         }
+        # Other formats have files of weights of their own beside them, which nobody would look at.
+        if path is not None and path.suffix not in (".xml", ".onnx"):
+            raise LissomError(f"OpenVINO opens .xml and .onnx files here, not {path}")
         try:
             core = openvino.Core()
             model = _empty(openvino) if path is None else str(path)
@@ -67,6 +70,8 @@ class OpenVinoGraph:
                 model = core.read_model(model, str(beside(path, options["weights"])))
             self.compiled = core.compile_model(model, "CPU", config)
             self.request = self.compiled.create_infer_request()
+            self.takes = [_shape(given.partial_shape) for given in self.compiled.inputs]
+            self.gives = [_shape(given.partial_shape) for given in self.compiled.outputs]
         except RuntimeError as error:
             # The last line is the reason; what precedes it is where in OpenVINO's source.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -128,6 +133,10 @@ class OpenVinoGraph:
                 row = (names, info["layerType"], info["primitiveType"], mean)
                 rows[node.get_friendly_name()] = row
         return rows
+
+
+def _shape(shape: Any) -> Shape:
+    return tuple(shape.to_shape()) if shape.is_static else None
 
 
 def _info(node: Any) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,11 +54,11 @@ def load(artifact: str | Path, threads: int | None = None, memory: Memory | str 
     images that it has seen before without running a network. Kinds other than exact can be wrong
     (``lissom.runtime.memory.false_hits`` counts how often); without ``memory`` nothing is remembered.
 
-    Raises LissomError where the folder is no artifact, was altered since its export, or its runtime is not installed,
-    and where the memory holds another artifact's answers.
+    Raises LissomError where the folder is no artifact, is damaged, was altered since its export, or its runtime is not
+    installed, and where the memory holds another artifact's answers.
     """
     opened = Artifact.open(artifact)
-    _verify(opened)
+    opened.verify()
     return Predictor(opened, threads, memory)
 
 
@@ -71,6 +72,10 @@ class Predictor:
         self.recipe: str = artifact.plan.get("recipe", "")
         self._stages = Stages(artifact, threads)
         self._batch, *self._shape = artifact.input_shape
+        gives = self._stages.graphs[-1].gives
+        if any(shape is not None and shape[:1] != (self._batch,) for shape in gives):
+            raise LissomError(f"{artifact.path} does not give {self._batch} inputs one row each; export it anew")
+        self._answer = None if gives[0] is None else gives[0][1:]
         self._preprocessing = _preprocessing(artifact)
         self.memory = Memory.of(memory) if isinstance(memory, str) else memory
         if self.memory is not None:
@@ -161,7 +166,7 @@ class Predictor:
                 image, key = self._fingerprint(image, memory)
             places.setdefault(key, []).append(i)
             opened.setdefault(key, image)
-        known = {key: memory.get(key) for key in places}
+        known = {key: self._recalled(memory, key) for key in places}
         new = [key for key, found in known.items() if found is None]
         if new:
             inputs = []
@@ -170,7 +175,7 @@ class Predictor:
                     inputs.append(self.prepare(opened[key]))
             answers, stages = self.answer(np.stack(inputs))
             for key, row, stage in zip(new, answers[0] if isinstance(answers, list) else answers, stages, strict=True):
-                if row.ndim == 1:  # else ``read`` will say that these are no classes
+                if row.ndim == 1 and np.isfinite(row).all():  # else ``read`` may say that these are no classes
                     memory.put(key, row, int(stage))
                 known[key] = Remembered(row, int(stage))
         ordered: dict[int, tuple[Remembered, bool]] = {}
@@ -186,6 +191,15 @@ class Predictor:
             raise LissomError(f"the memory {memory.file or ''} holds answers of another number of classes; delete it")
         read = self.read(np.stack([r.answer for r in given]), names, top, np.array([r.stage for r in given], np.int64))
         return [replace(prediction, remembered=ordered[i][1]) for i, prediction in enumerate(read)]
+
+    def _recalled(self, memory: Memory, key: bytes) -> Remembered | None:
+        """What the memory holds under a key. Raises LissomError where this artifact cannot have answered it."""
+        found = memory.get(key)
+        if found is not None:
+            length = self._answer is None or found.answer.shape == self._answer
+            if not length or found.stage >= len(self._stages.graphs):
+                raise LissomError(f"the memory {memory.file} is damaged; delete it")
+        return found
 
     def _fingerprint(self, image: Any, memory: Memory) -> tuple[Any, bytes]:
         """The image decoded, so that it is decoded once, and its key: that of its raw pixels in the artifact's colours,
@@ -204,16 +218,26 @@ class Predictor:
     def read(
         self, answers: Answer, names: list[str], top: int = 1, stages: np.ndarray | None = None
     ) -> list[Prediction]:
-        """Answers (n, classes) as predictions for the images of those names; ``stages`` (n,) gave them."""
+        """Answers (n, classes) as predictions for the images of those names; ``stages`` (n,) gave them.
+
+        Raises LissomError where the answers are not one score a class, and, with the image's name, where a confidence
+        would be no number: for a score of NaN or +inf (a class at -inf has confidence 0).
+        """
         scores = answers[0] if isinstance(answers, list) else answers
-        if scores.ndim != 2:
+        if scores.ndim != 2 or not scores.shape[1]:
             raise LissomError(f"the artifact answers {scores.shape[1:]} an input, which is not one score a class")
-        exponents = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
-        shares = exponents / exponents.sum(-1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            exponents = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
+            shares = exponents / exponents.sum(-1, keepdims=True)
         predictions = []
         if stages is None:
             stages = np.full(len(names), len(self._stages.graphs) - 1)
         for name, share, stage in zip(names, shares, stages, strict=True):
+            if not np.isfinite(share).all():
+                raise LissomError(
+                    f"{name}: the artifact's scores are no finite numbers, so that no class is the best; look at the "
+                    "model that it was exported from"
+                )
             order = np.argsort(-share, kind="stable")[: max(1, top)]
             ranking = tuple((self._class(int(label)), float(share[label])) for label in order)
             label = int(order[0])
@@ -254,41 +278,22 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _verify(artifact: Artifact) -> None:
-    """Raise LissomError where a file of the artifact is not the one that was exported."""
-    files = artifact.plan["files"]
-    for graph in artifact.graphs:
-        if str(graph.relative_to(artifact.path)) not in files:
-            raise LissomError(f"{artifact.path} does not vouch for its graph {graph.name}; export it anew")
-    for name, expected in files.items():
-        path = artifact.path / name
-        if not path.resolve().is_relative_to(artifact.path.resolve()):
-            raise LissomError(f"{artifact.path} names a file outside itself: {name}")
-        digest = hashlib.sha256()
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise LissomError(f"{artifact.path} lacks its file {name}; export it anew") from error
-        if digest.hexdigest() != expected:
-            raise LissomError(f"{path} was altered since its export; export it anew")
-
-
 def _preprocessing(artifact: Artifact) -> Preprocessing | None:
     fields = artifact.plan["input"].get("preprocessing")
     if fields is None:
         return None
     try:
         made = Preprocessing.from_json(fields)
-        # Tried out now, not on a user's first image, and without Pillow, which only images need.
-        shape = (made.channels, made.height, made.width)
-        known = made.interpolation in ("bicubic", "bilinear") and made.resize in ("crop", "squash") and made.crop > 0
-        if not known or shape != artifact.input_shape[1:]:
+        # Tried out now, not on a user's first image: on one pixel, and without Pillow, which only images need.
+        sizes = (made.channels, made.height, made.width)
+        known = made.interpolation in ("bicubic", "bilinear") and made.resize in ("crop", "squash")
+        known = known and made.crop > 0 and math.isfinite(made.crop) and made.channels in (1, 3)
+        if not known or not all(type(size) is int for size in sizes) or sizes != artifact.input_shape[1:]:
             raise ValueError(f"{made}")
-        prepared = made.normalise(np.zeros((1, made.height, made.width, made.channels), np.uint8))
-        if prepared.shape[1:] != shape or not np.isfinite(prepared).all():
+        with np.errstate(all="ignore"):
+            prepared = made.normalise(np.zeros((1, 1, 1, made.channels), np.uint8))
+        if prepared.shape != (1, made.channels, 1, 1) or not np.isfinite(prepared).all():
             raise ValueError(f"{made}")
-    except (AttributeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise LissomError(f"the preprocessing in {artifact.path}/plan.json is damaged ({error})") from error
     return made

@@ -27,7 +27,7 @@ HOME="$FAKE/home" exec sh -c "$3"
 """
 
 
-def build(path: Path, value: float = 1.0) -> Artifact:
+def build(path: Path, value: float = 1.0, damaged: bool = False) -> Artifact:
     openvino = import_openvino()
     from openvino import opset13 as op
 
@@ -41,6 +41,8 @@ def build(path: Path, value: float = 1.0) -> Artifact:
     }
     with new_artifact(path, plan) as folder:
         openvino.save_model(model, folder / "stage0.xml", compress_to_fp16=False)
+        if damaged:
+            (folder / "stage0.xml").write_text("<net>")
     return Artifact.open(path)
 
 
@@ -77,8 +79,10 @@ def test_this_machine(tmp_path: Path) -> None:
     meter = meter_for("cpu")
     check(meter.measure(artifacts, threads=1, seconds=0, memory=False))
     assert meter.capabilities("openvino")["processors"] >= 1
+    with pytest.raises(LissomError, match="d does not run here: OpenVINO cannot open"):
+        meter.measure([build(tmp_path / "d", damaged=True)], threads=1, seconds=0, memory=False)
     (tmp_path / "c" / "stage0.xml").write_text("<net>")
-    with pytest.raises(LissomError, match="c does not run here: OpenVINO cannot open"):
+    with pytest.raises(LissomError, match=r"stage0\.xml was altered since its export"):
         meter.measure(artifacts[1:], threads=1, seconds=0, memory=False)
 
 
@@ -113,8 +117,7 @@ def test_behind_ssh_artifacts_are_copied_once_and_measured(tmp_path: Path, fake:
 
 
 def test_errors_there_bear_the_names_here(tmp_path: Path, fake: Path) -> None:
-    artifact = build(tmp_path / "mine")
-    (artifact.path / "stage0.xml").write_text("<net>")
+    artifact = build(tmp_path / "mine", damaged=True)
     with pytest.raises(LissomError, match=rf"^{artifact.path} does not run on board: OpenVINO cannot open"):
         meter_for(f"ssh://board/python={sys.executable}").measure([artifact], threads=1, seconds=0, memory=False)
 
@@ -174,7 +177,11 @@ def test_only_whole_artifacts_leave_this_machine(tmp_path: Path, fake: Path) -> 
     (tmp_path / "secret").write_text("x")
     with pytest.raises(LissomError, match="names a file outside itself"):
         SshMeter("board")._copy([Artifact(artifact.path, {**artifact.plan, "files": {"../secret": "0"}})])
-    (artifact.path / "stage0.bin").unlink()
+    weights = artifact.path / "stage0.bin"
+    weights.write_bytes(weights.read_bytes() + b"0")
+    with pytest.raises(LissomError, match=r"stage0\.bin was altered since its export"):
+        SshMeter("board")._copy([artifact])
+    weights.unlink()
     with pytest.raises(LissomError, match=r"lacks its file stage0\.bin"):
         SshMeter("board")._copy([artifact])
     assert uploads(fake) == 0

@@ -10,13 +10,14 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lissom.errors import LissomError
 from lissom.runtime.artifact import Artifact
-from lissom.runtime.backends import Stages, inspect, layer_times, open_graph
+from lissom.runtime.backends import Stages, inspect, last_stages, layer_times, open_graph
 from lissom.runtime.bench import environment
 from lissom.runtime.openvino_graph import import_openvino
 from lissom.runtime.target import RUNTIMES
@@ -255,6 +256,21 @@ def test_stages_run_one_on_the_other(tmp_path: Path, make, want) -> None:  # typ
     image = np.random.default_rng(3).standard_normal((1, 3, 4, 4), dtype=np.float32)
     answer = Stages(Artifact(artifact.path, plan), threads=1).run(image)
     np.testing.assert_allclose(answer, want(image).clip(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_gathered_runs_as_far_as_its_last_sample() -> None:
+    plan: dict[str, Any] = {
+        "input": {"shape": [4, 3]}, "decisions": [{"threshold": 0.5}] * 2, "exits": {"shares": [0.5, 0.3, 0.2]},
+    }  # fmt: skip
+    alone = last_stages(Artifact(Path(), plan))
+    np.testing.assert_allclose(alone, [0.5**4, 0.8**4 - 0.5**4, 1 - 0.8**4])
+    for same in ({**plan, "packs": True}, {**plan, "input": {"shape": [1, 3]}}):
+        np.testing.assert_array_equal(last_stages(Artifact(Path(), same)), [0.5, 0.3, 0.2])
+    np.testing.assert_array_equal(last_stages(Artifact(Path(), {**plan, "exits": {}})), [0, 0, 1])
+    np.testing.assert_array_equal(last_stages(Artifact(Path(), {"input": {"shape": [4, 3]}})), [1])
+    # Drawn: how far batches of four really run.
+    left = np.random.default_rng(0).choice(3, p=[0.5, 0.3, 0.2], size=(100_000, 4)).max(1)
+    np.testing.assert_allclose(np.bincount(left) / len(left), alone, atol=0.01)
 
 
 def test_openvino_comes_without_its_telemetry() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -77,10 +78,14 @@ def test_capabilities_need_no_artifact() -> None:
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path: Path, make, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
-    damaged = make("damaged")
-    damaged.graphs[0].write_text("<net>")
+    damaged, altered = make("damaged"), make("altered")
+    for artifact in (damaged, altered):
+        artifact.graphs[0].write_text("<net>")
+    files = {**damaged.plan["files"], "stage0.xml": hashlib.sha256(b"<net>").hexdigest()}
+    (damaged.path / "plan.json").write_text(json.dumps({**damaged.plan, "files": files}))
     for arguments, words in (
         ([str(tmp_path / "none")], "is no artifact"),
+        ([str(altered.path)], "stage0.xml was altered since its export"),
         ([str(damaged.path)], "damaged does not run here: OpenVINO cannot open"),
         ([str(make("batch").path), "--batch", "8"], "was exported for batch 1, not 8"),
         ([], "name an artifact"),

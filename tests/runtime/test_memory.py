@@ -162,13 +162,45 @@ def test_what_is_refused(tmp_path: Path) -> None:
         Memory("exact", 10, tmp_path / "other")
     with pytest.raises(LissomError, match="cannot be used: unable to open"):
         Memory("exact", 10, tmp_path / "no" / "folder")
-    for text in ("exact:", "exact:-1", "exact:many", "exact:1:2"):
-        with pytest.raises(LissomError, match="KIND or KIND:CAPACITY"):
+    for text in ("exact:", "exact:-1", "exact:many", "exact:1:2", "exact:" + "9" * 5000):
+        with pytest.raises(LissomError, match="KIND or KIND:CAPACITY") as caught:
             Memory.of(text)
+        assert len(str(caught.value)) < 200
     for text in ("exact:0", "phash"):
         with pytest.raises(LissomError, match=r"at least 1|known: exact"):
             Memory.of(text)
     assert Memory.of("invariants:7").capacity == 7
+
+
+@pytest.mark.parametrize("journal", ["DELETE", "WAL"])
+def test_a_strangers_file_stays_as_it_is(journal: str, tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "other")
+    other.executescript(f"PRAGMA journal_mode = {journal}; CREATE TABLE t (x); INSERT INTO t VALUES (1);")
+    other.close()
+    before = (tmp_path / "other").read_bytes()
+    with pytest.raises(LissomError, match="holds something else than answers"):
+        Memory("exact", 10, tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "used = 'x'", "used = 9223372036854775807", "used = -1", "used = NULL", "stage = -5", "stage = 1.5",
+        "stage = 'first'", "answer = x''", "answer = x'000000'", "answer = 7", "answer = NULL", "key = NULL",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_refused_when_it_is_opened(damage: str, tmp_path: Path) -> None:
+    with Memory("exact", 10, tmp_path / "seen") as memory:
+        for i in range(3):
+            memory.put(bytes([i]), np.array([i, -i], np.float32), i)
+    base = sqlite3.connect(tmp_path / "seen")
+    base.execute(f"UPDATE answers SET {damage} WHERE key = x'01'")
+    base.commit()
+    base.close()
+    with pytest.raises(LissomError, match=r"seen is damaged; delete it$"):
+        Memory("exact", 10, tmp_path / "seen")
 
 
 WRITER = """
@@ -220,6 +252,11 @@ def test_false_hits_are_counted_on_labelled_images() -> None:
     assert "2 of 12 labelled images would be answered from memory, 1 of them with the label of another" in str(found)
     assert false_hits(twins, "exact").hits == 0
     assert false_hits(twins, "invariants", capacity=1).hits == 0  # forgotten before they come again
+    for capacity in (0, True, 1.5):
+        with pytest.raises(LissomError, match="a number of answers, at least 1"):
+            false_hits(twins, "exact", capacity=capacity)  # type: ignore[arg-type]
+    with pytest.raises(LissomError, match="known: exact, dhash, invariants"):
+        false_hits([], "phash")
 
 
 class Counting:
@@ -288,6 +325,19 @@ def test_a_memory_is_kept_between_processes_and_by_artifact(tmp_path: Path, make
         lissom.load(make("three", preprocessing=other).path, 1, memory)
     with pytest.raises(LissomError, match="exported for tensors"):
         lissom.load(make("four").path, 1, memory="exact")
+
+
+@pytest.mark.parametrize("damage", ["stage = 1", f"answer = x'{bytes(16).hex()}'"])
+def test_an_answer_that_the_artifact_cannot_have_given_is_refused(damage: str, tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    path = make(preprocessing=PREPARED).path  # one stage, five classes
+    with Memory("exact", file=tmp_path / "seen") as memory:
+        lissom.load(path, 1, memory).predict([picture(0)])
+    base = sqlite3.connect(tmp_path / "seen")
+    base.execute(f"UPDATE answers SET {damage}")
+    base.commit()
+    base.close()
+    with Memory("exact", file=tmp_path / "seen") as memory, pytest.raises(LissomError, match="is damaged; delete it"):
+        lissom.load(path, 1, memory).predict([picture(0)])
 
 
 def test_what_cannot_be_read_is_named_and_not_remembered(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]

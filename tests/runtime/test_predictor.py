@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,33 @@ def test_softmax_survives_large_answers_and_classes_without_names(make) -> None:
     assert len(prediction.ranking) == 5
     with pytest.raises(LissomError, match="not one score a class"):
         predictor.read(np.zeros((1, 2, 3), np.float32), ["x"])
+
+
+def test_scores_that_are_no_numbers_are_no_class(make) -> None:  # type: ignore[no-untyped-def]
+    predictor = lissom.load(make(preprocessing=PREPARED).path, 1, memory="exact")
+    for bad in (np.nan, np.inf, -np.inf):
+        scores = np.array([[1, 2, 3, 4, 5], [bad] * 5], np.float32)
+        with pytest.raises(LissomError, match=r"^b\.png: the artifact's scores are no finite numbers"):
+            predictor.read(scores, ["a.png", "b.png"])
+    masked = np.array([[1, -np.inf, -np.inf, -np.inf, -np.inf]], np.float32)  # classes that cannot be
+    (prediction,) = predictor.read(masked, ["a.png"], top=2)
+    assert [share for _, share in prediction.ranking] == [1.0, 0.0]
+    with pytest.raises(LissomError, match="not one score a class"):
+        predictor.read(np.zeros((1, 0), np.float32), ["x"])
+    predictor._stages.run = lambda x: np.full((1, 5), np.nan, np.float32)  # type: ignore[method-assign]
+    with pytest.raises(LissomError, match="image 0: the artifact's scores are no finite numbers"):
+        predictor.predict([picture(0)])
+    assert len(predictor.memory) == 0  # type: ignore[arg-type]  # and it is not remembered
+
+
+def test_pipes_and_images_without_end_are_not_read(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    predictor = lissom.load(make(preprocessing=PREPARED).path, threads=1)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("pipe.png", "."):
+        with pytest.raises(LissomError, match=r"not a readable image \(a folder, a pipe or a device\)"):
+            predictor.predict([tmp_path / name])
+    with pytest.raises(LissomError, match="would be resized to more than the limit"):
+        predictor.predict([np.zeros((1, 8_000_000), np.uint8)])
 
 
 def test_images_that_cannot_be_read_are_named(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
