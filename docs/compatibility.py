@@ -119,7 +119,7 @@ def page() -> str:
     lines += ["", "## Two techniques in one recipe", "",
               "On the ViT, or where one of the two has nothing to do there on MobileNetV3 or a grey ResNet. The order",
               "in a recipe's text does not matter: techniques are applied in the order fuse, structure, tokens, exits,",
-              "cascade, precision, memory.", ""]  # fmt: skip
+              "cascade, precision.", ""]  # fmt: skip
     both = {(a, b): pair(a, b, known, works) for a, b in itertools.combinations(sorted(names), 2)}
     lines += ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     for first in names:

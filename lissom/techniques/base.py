@@ -19,7 +19,7 @@ __all__ = ["STAGES", "Choices", "Probe", "Subset", "Technique"]
 
 _ALWAYS = 0.25  # share of the draws of Choices
 
-STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision", "memory")
+STAGES = ("fuse", "structure", "tokens", "exits", "cascade", "precision")
 
 
 @dataclass(frozen=True)
