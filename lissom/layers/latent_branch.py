@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lissom.layers.exits import OwnExit
+from lissom.layers.exits import OwnExit, own_answer
 
 __all__ = [
     "Attention",
@@ -317,7 +317,7 @@ class _Merge:
         self.branch = branch
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> torch.Tensor:
-        answer = self.branch.merge(output[-1] if isinstance(output, tuple) else output)
+        answer = self.branch.merge(own_answer(module, output))
         self.branch.seen.clear()
         return answer
 

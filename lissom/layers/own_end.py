@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lissom.errors import LissomError
-from lissom.layers.exits import ExitHook, Exits, attach_exits, first_tensor
+from lissom.layers.exits import ExitHook, Exits, attach_exits, first_tensor, own_answer
 
 __all__ = ["BlockStack", "OwnEnd", "attach_own_ends", "block_stacks", "first_argument", "own_end_error"]
 
@@ -178,7 +178,7 @@ class _Pass:
         with _silent(self.model, self.stack, self.answered, h):
             # Not the call, whose hooks are those of exits.
             output = self.model.forward(*self.arguments)
-        return output[-1] if isinstance(output, tuple) else output
+        return own_answer(self.model, output)
 
 
 @contextmanager
@@ -303,7 +303,7 @@ def own_end_error(model: nn.Module, stack: BlockStack, x: torch.Tensor) -> float
         found["h"] = h
 
     def compare(module: nn.Module, inputs: Any, output: Any) -> None:
-        found["answer"] = output[-1] if isinstance(output, tuple) else output
+        found["answer"] = own_answer(module, output)
         found["again"] = running.end(found["h"])
 
     handles.append(model.get_submodule(stack.paths[-1]).register_forward_hook(last))

@@ -110,6 +110,11 @@ def _positive(values: Sequence[float], what: str) -> np.ndarray:
     return array
 
 
+def _check_budget(budget: float) -> None:
+    if not budget > 0:
+        raise LissomError(f"the budget is {budget}; it is above 0")
+
+
 def _two_budgets(a: np.ndarray, budget: float, b: np.ndarray, other: float, upper: float) -> np.ndarray:
     """(3) by bisection over the proportion of the two prices; (2) where one of the budgets is slack."""
     tolerance = 1 + 1e-12
@@ -194,6 +199,7 @@ def residual_form(
 def uniform(weights: Sequence[float], budget: float) -> np.ndarray:
     """The same density in every layer."""
     a = _positive(weights, "weights")
+    _check_budget(budget)
     return np.full(len(a), min(1.0, budget / a.sum()))
 
 
@@ -204,8 +210,7 @@ def erk(shapes: Sequence[Sequence[int]], budget: float) -> np.ndarray:
     """
     a = np.array([math.prod(shape) for shape in shapes], np.float64)
     want = np.array([sum(shape) for shape in shapes], np.float64) / a
-    if not budget > 0:
-        raise LissomError(f"the budget is {budget}; it is above 0")
+    _check_budget(budget)
     return _at_price(1 / want, a, budget, 1.0)
 
 

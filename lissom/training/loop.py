@@ -33,7 +33,7 @@ from lissom.training.optimizers import Kar2, Kar3
 from lissom.training.speed import channels_last, fast_precision, plain_attention, taught_in
 from lissom.usercode import load_function
 
-__all__ = ["FitEvent", "FitResult", "evaluate", "fit"]
+__all__ = ["FitEvent", "FitResult", "data_marks", "evaluate", "fit", "weights_mark"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-3, "sgd": 0.05, "kar2": 1.2e-3, "kar3": 1.215e-3}  # at a batch of 64
@@ -133,7 +133,8 @@ def fit(
     else, and the last linear layer, is left to adamw. Biases, norms and other vectors get no ``weight_decay``.
     ``clip`` bounds the gradient's norm.
 
-    ``parameters(name, parameter)`` says which parameters train (all); a BatchNorm without any stays in eval mode.
+    ``parameters(name, parameter)`` says which parameters train (all); a BatchNorm without any stays in eval mode (one
+    that has none goes with the layer before it), and where the heads of exits train alone, so does all of the rest.
     ``augment`` shifts images by up to an eighth of their side, ``flip`` mirrors half of them as well (leave it off
     where left and right carry meaning, as in digits); masks move with their images. None means: for classification of
     images, and segmentation with masks of the images' size.
@@ -186,7 +187,7 @@ def fit(
         precision = fast_precision(model, accelerator)
     if lr is None:
         lr = LEARNING_RATES[optimizer] * (batch / 64) ** (1.0 if optimizer == "sgd" else 0.5)
-    _check_model(model, task, batch)
+    _check_model(model, task, batch, processes)
     method.prepare(model, task)
     wanted = {id(p) for p in method.parameters(model)}
     names = [n for n, p in model.named_parameters() if id(p) in wanted and (parameters is None or parameters(n, p))]
@@ -195,7 +196,7 @@ def fit(
 
     job = _Job(
         model=_digest(f"{n} {tuple(v.shape)} {v.dtype}" for n, v in model.state_dict().items()),
-        data=f"{task.name} {len(task.fit)} {_digest(_data_marks(task.fit))}",
+        data=f"{task.name} {len(task.fit)} {_digest(data_marks(task.fit))}",
         method=_describe(method),
         epochs=epochs, batch=batch, lr=lr, optimizer=optimizer, weight_decay=weight_decay, warmup=warmup, clip=clip,
         precision=precision, seed=seed, augment=augment, flip=flip, trained=f"{len(names)} {_digest(names)}",
@@ -309,7 +310,7 @@ def _loop(fabric: Fabric, run: _Run, progress: Callable[[FitEvent], None] | None
             moves = _generator(job.seed, epoch, AUGMENTATION)
             torch.manual_seed(_number(job.seed, epoch, MODEL, fabric.global_rank))
             module.train()
-            _hold_frozen_norms(model)
+            _hold_frozen(model)
             total, done, rate = torch.zeros((), device=fabric.device), 0, 0.0
             for position in range(0, steps_an_epoch * size, size):
                 elapsed = spent + time.perf_counter() - start
@@ -464,13 +465,38 @@ def _hidden_matrices(model: nn.Module) -> set[int]:
     return {id(m.weight) for m in [m for m in model.modules() if isinstance(m, nn.Linear)][:-1]}
 
 
-def _hold_frozen_norms(model: nn.Module) -> None:
-    """A BatchNorm of which nothing trains keeps its running statistics: they belong to its frozen weights."""
-    for module in model.modules():
+def _hold_frozen(model: nn.Module) -> None:
+    """Eval mode for what does not train: a BatchNorm keeps its running statistics, which belong to frozen weights.
+
+    Where the heads of exits train alone, all of the rest: they learn from what the model computes and answers in use,
+    without its dropout and stochastic depth.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    exits = exits_of(model)
+    if exits is not None and trained <= {id(p) for p in exits.parameters()}:
+        model.eval()
+        exits.train()
+    for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            own = list(module.parameters(recurse=False))
-            if own and not any(p.requires_grad for p in own):
+            own = _parameters_of_norm(model, path)
+            if own and trained.isdisjoint(map(id, own)):
                 module.eval()
+
+
+def _parameters_of_norm(model: nn.Module, path: str) -> list[nn.Parameter]:
+    """Of a BatchNorm without parameters (affine=False) those that it goes with: the layer's before it in the module
+    that holds it, or all of that module's where it is the first; of a module further up where that one has none."""
+    norm = model.get_submodule(path)
+    own = list(norm.parameters(recurse=False))
+    while path and not own:
+        path = path.rpartition(".")[0]
+        holder = model.get_submodule(path)
+        own = list(holder.parameters())
+        for module in list(holder.modules())[1:]:
+            if module is norm:
+                break
+            own = list(module.parameters(recurse=False)) or own
+    return own
 
 
 def _number(*key: int) -> int:
@@ -504,11 +530,19 @@ def _digest(lines: Any) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def _data_marks(split: Split) -> Iterator[str]:
+def data_marks(split: Split) -> Iterator[str]:
     """What tells one data set from another of the same size, without reading it all: labels, first and last input."""
     if split.labels is not None:
         yield hashlib.sha256(np.asarray(split.labels).tobytes()).hexdigest()
     yield hashlib.sha256(split.inputs(np.array([0, len(split) - 1])).tobytes()).hexdigest()
+
+
+def weights_mark(model: nn.Module) -> str:
+    """A hash of the model's weights and buffers, and of their names."""
+    return _digest(
+        f"{n} {hashlib.sha256(v.detach().cpu().float().numpy().tobytes()).hexdigest()}"
+        for n, v in model.state_dict().items()
+    )
 
 
 def _describe(method: Method) -> str:
@@ -518,10 +552,7 @@ def _describe(method: Method) -> str:
         if name.startswith("_"):
             continue
         if isinstance(value, nn.Module):
-            value = _digest(
-                f"{n} {hashlib.sha256(v.detach().cpu().float().numpy().tobytes()).hexdigest()}"
-                for n, v in value.state_dict().items()
-            )
+            value = weights_mark(value)
         marks[name] = value
     return f"{type(method).__name__}({', '.join(f'{k}={v}' for k, v in marks.items())})"
 
@@ -609,13 +640,17 @@ def _in_process(fabric: Fabric, files: list[str], parcel: bytes, events: Any) ->
     return {**outcome, "model": weights.getvalue()}
 
 
-def _check_model(model: nn.Module, task: Task, batch: int) -> None:
+def _check_model(model: nn.Module, task: Task, batch: int, processes: int) -> None:
     """Run one input, so that a model of another shape or of other classes is told before training starts."""
     if not any(True for _ in model.parameters()):
         raise LissomError("the model has no parameters; there is nothing to train")
-    if batch == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise LissomError("a model with BatchNorm cannot train on batches of one sample; give a batch of at least 2")
     assert task.fit is not None
+    alone = min(batch, len(task.fit)) // processes == 1  # what a process has of a step: no more than there is
+    if alone and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise LissomError(
+            "a model with BatchNorm cannot train on one sample at a time; give a batch of at least "
+            f"{2 * processes}, and as many samples"
+        )
     try:
         outputs = _outputs(model, task.fit.sample(1, 0), 1, lambda answers: answers)
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.overrides import TorchFunctionMode
 
+from lissom.errors import LissomError
 from lissom.runtime.target import cpu_flags
 
 __all__ = ["channels_last", "fast_precision", "gains", "plain_attention", "taught_in", "whole"]
@@ -73,7 +74,7 @@ def _can(model: nn.Module, inputs: torch.Tensor) -> bool:
             total = sum((answer.float().sum() for answer in _tensors(tried(inputs))), torch.zeros(()))
             if total.requires_grad:  # a teacher's weights may be frozen
                 total.backward()
-        except (RuntimeError, ValueError):  # where the layout is not the reason, the training itself says so
+        except (RuntimeError, ValueError, LissomError):  # not the layout: the training says it too
             return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -80,6 +81,30 @@ def test_its_exits_answer_in_order(x: torch.Tensor) -> None:
         assert len(copy.deepcopy(same).train()(x)) == 4
     assert exits_of(model) is not None
     assert torch.equal(remove_exits(model)(x), merged)
+
+
+class Outputs(NamedTuple):
+    """As torchvision's GoogLeNet gives in training."""
+
+    logits: torch.Tensor
+    aux: torch.Tensor
+
+
+class Auxiliary(nn.Sequential):
+    """Has an auxiliary head that answers beside in training."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        answer = super().forward(x)
+        return Outputs(answer, answer + 1) if self.training else answer
+
+
+def test_the_cnns_own_answer_is_handed_on_and_not_an_auxiliary_heads(x: torch.Tensor) -> None:
+    model = attach_own_exits(beside(Auxiliary(*cnn())))
+    handed: list[torch.Tensor] = []
+    model.perceiver.heads["maps"].register_forward_hook(lambda m, i, o: handed.append(o))
+    model[7].register_forward_hook(lambda m, i, o: handed.append(o))
+    assert len(model.train()(x)) == 4
+    assert torch.equal(handed[0], handed[1])
 
 
 def test_a_copy_has_hooks_of_its_own(x: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -296,6 +296,25 @@ def test_what_is_refused(x):
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == forwards
     assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
     assert len(model(x)) == 2
+
+
+class Outputs(NamedTuple):
+    """As torchvision's GoogLeNet gives in training."""
+
+    logits: torch.Tensor
+    aux: torch.Tensor
+
+
+def test_an_auxiliary_head_is_not_taken_for_the_models_own_answer(x):
+    model = vit()
+    stack, (own, forward) = longest(model, x), (model(x), model.forward)
+    model.forward = lambda images: Outputs(answer := forward(images), answer * 0)  # type: ignore[method-assign]
+    assert own_end_error(model, stack, x) < 1e-6
+    model.blocks[3] = nn.Identity()  # then the exit in front of it answers as the model
+    early, answer = attach_own_ends(model, stack, ["blocks.2"])(x)
+    assert not torch.equal(answer, own)
+    assert answer.abs().max() > 0
+    torch.testing.assert_close(early, answer)
 
 
 def test_blocks_that_answer_with_a_tuple_are_a_stack_too(x):

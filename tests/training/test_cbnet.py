@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -201,6 +202,8 @@ def test_what_it_refuses(task, network) -> None:
         ({"activity": -1.0}, "at least 0"),
         ({"threshold": 0.0}, "above 0"),
         ({"threshold": "low"}, "or 'auto'"),
+        ({"threshold": True}, "the threshold is True"),
+        ({"threshold": math.inf}, "the threshold is inf"),
     ):
         with pytest.raises(LissomError, match=says):
             Conversion(**wrong)

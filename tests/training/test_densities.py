@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 from types import ModuleType
@@ -217,6 +218,10 @@ def test_erk_and_uniform():
     assert p[0] / p[1] == pytest.approx((73 / 1728) / (134 / 36864))
     assert float(np.dot(sizes, p)) == pytest.approx(0.1 * sum(sizes))
     assert (uniform(sizes, 0.3 * sum(sizes)) == 0.3).all()
+    for budget in (-1.0, 0.0, math.nan):
+        for call in (lambda b: uniform(sizes, b), lambda b: erk(shapes, b)):
+            with pytest.raises(LissomError, match=rf"the budget is {budget}; it is above 0"):
+                call(budget)
 
 
 # Scores

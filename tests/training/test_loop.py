@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,31 @@ def test_a_method_or_a_filter_says_what_trains(task, network):
         fit(network(), task, parameters=lambda name, parameter: False)
 
 
+def test_a_norm_without_parameters_goes_with_the_layer_before_it(task):
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        norm = partial(nn.BatchNorm2d, affine=False)
+        front = nn.Sequential(norm(1), nn.Sequential(norm(1), nn.ReLU()), nn.Conv2d(1, 8, 3), norm(8))
+        return nn.Sequential(
+            front, nn.Sequential(nn.ReLU(), norm(8)), nn.Conv2d(8, 8, 3), nn.Sequential(norm(8)), nn.Flatten(),
+            nn.Linear(128, 3), nn.BatchNorm1d(3, affine=False),
+        )  # fmt: skip
+
+    def moved(trained: str | None) -> set[str]:
+        net = model()
+        chosen = None if trained is None else lambda name, _: name.startswith(trained)
+        fit(net, task, epochs=1, parameters=chosen)
+        return {n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+                and int(m.num_batches_tracked)}  # fmt: skip
+
+    # Two stand in front of all layers and go with those that their module holds: theirs, or the one further up.
+    front, between, behind, last = {"0.0", "0.1.0", "0.3"}, {"1.1"}, {"3.0"}, {"6"}
+    assert moved(None) == front | between | behind | last
+    assert moved("0.") == front | between
+    assert moved("2.") == behind
+    assert moved("5.") == last
+
+
 def test_steps_and_time_shorten_the_schedule(task, network):
     few = fit(network(), task, epochs=5, batch=32, max_steps=7)  # 5 steps an epoch
     assert few.stopped == "steps"
@@ -264,7 +290,8 @@ def test_a_batch_larger_than_the_data_is_the_data(task, network):
     [
         ({"epochs": 0}, "epochs is 0"),
         ({"batch": 0}, "batch is 0"),
-        ({"batch": 1}, "BatchNorm"),
+        ({"batch": 1}, "BatchNorm .* a batch of at least 2, and as many samples"),
+        ({"batch": 3, "devices": 3}, "BatchNorm .* a batch of at least 6, and as many samples"),
         ({"lr": -1.0}, "learning rate"),
         ({"lr": math.nan}, "learning rate"),
         ({"warmup": 1.0}, "warmup"),
@@ -298,6 +325,10 @@ def test_models_and_data_that_do_not_fit_are_told(task, network):
         fit(nn.Flatten(), task)
     with pytest.raises(LissomError, match="nothing to train on"):
         fit(network(), replace(task, fit=None))
+    with pytest.raises(LissomError, match=r"BatchNorm .* a batch of at least 2, and as many samples"):
+        fit(network(), replace(task, fit=task.fit.sample(1, 0)))
+    with pytest.raises(LissomError, match=r"BatchNorm .* a batch of at least 4, and as many samples"):
+        fit(network(), replace(task, fit=task.fit.sample(3, 0)), devices=2)
     with pytest.raises(LissomError, match="needs labels"):
         fit(network(), replace(task, fit=replace(task.fit, labels=None)))
     with pytest.raises(LissomError, match="augment=False"):

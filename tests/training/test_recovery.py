@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from lissom.errors import LissomError
 from lissom.layers.exits import Exits, attach_exits
 from lissom.training.loop import FitEvent, fit
+from lissom.training.methods.base import answers_of
 from lissom.training.methods.recovery import Answers, Recovery, Seen, Term, kl
 
 
@@ -42,6 +44,26 @@ class HeadOnly(Term):
 
     def loss(self, model, student, teacher, targets, task):
         return functional.mse_loss(student.answer, teacher.answer)
+
+
+class Outputs(NamedTuple):
+    """As torchvision's GoogLeNet gives in training."""
+
+    logits: torch.Tensor
+    aux2: torch.Tensor
+    aux1: torch.Tensor
+
+
+class Auxiliary(nn.Module):
+    """Two auxiliary heads answer beside it in training."""
+
+    def __init__(self, inside: nn.Module, kind=Outputs) -> None:
+        super().__init__()
+        self.inside, self.kind = inside, kind
+
+    def forward(self, x: torch.Tensor):
+        answer = self.inside(x)
+        return self.kind(answer, answer + 1, answer + 2) if self.training else answer
 
 
 class Counting(nn.Module):
@@ -87,6 +109,35 @@ def test_one_forward_pass_of_each_model_serves_all_terms(task, network, batch):
     model, original = Counting(network(1)), Counting(network(2))
     Recovery(original, (Answers(), Answers(1.0, 0.2), Answers(3.0, 1.0))).loss(model, x, y, task)
     assert (model.calls, original.calls) == (1, 1)
+
+
+@dataclass(frozen=True)
+class Given(Term):
+    """Keeps what it is given."""
+
+    seen: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+
+    def loss(self, model, student, teacher, targets, task):
+        self.seen.append(student.answers)
+        return student.answer.mean()
+
+
+def test_a_term_sees_the_models_own_answer_and_no_auxiliary_heads(task, network, batch):
+    inside, term = network(1), Given()
+    inside[5] = nn.Identity()  # no dropout: one answer twice
+    Recovery(network(2), (term,)).loss(Auxiliary(inside), batch[0], None, task)
+    ((answer,),) = term.seen
+    assert torch.equal(answer, inside(batch[0]))
+    method = Recovery(network(2), (Given(),))
+    with pytest.raises(LissomError, match="Auxiliary gives 3 answers at once, and which of them is its own cannot be"):
+        fit(Auxiliary(network(1), lambda *answers: answers), task, method=method, epochs=1)
+
+
+def test_the_own_answer_of_a_named_tuple_comes_last():
+    own, second, first = torch.zeros(2), torch.ones(2), torch.ones(2)
+    assert [id(a) for a in answers_of(Outputs(own, second, first))] == [id(a) for a in (second, first, own)]
+    assert answers_of((first, own)) == (first, own)
+    assert answers_of(own) == (own,)
 
 
 def test_the_hooks_are_gone_after_a_failure(task, network, batch):
@@ -212,6 +263,38 @@ def test_exits_alone_may_learn_from_the_model_they_stand_on(task, network, batch
     result = fit(model, task, method=Recovery(terms=(ToOwn(),)), epochs=3, batch=16)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert torch.equal(model[6].weight, before)
+
+
+@dataclass(frozen=True)
+class Checked(ToOwn):
+    """Sees that the model answers in training as it does in use; ``seen``: how often it looked."""
+
+    seen: list[int] = field(default_factory=list, repr=False, compare=False)
+
+    def teacher(self):
+        return ("4",)
+
+    def loss(self, model, student, teacher, targets, task):
+        inside = {"exits", *(f"exits.{name}" for name, _ in model.exits.named_modules() if name)}
+        assert {name for name, module in model.named_modules() if module.training} == inside
+        with torch.no_grad():
+            used = model[6](teacher.features["4"])  # without the dropout between
+        assert torch.equal(teacher.answer, used)
+        self.seen.append(len(used))
+        return functional.mse_loss(student.answers[0], teacher.answer)
+
+
+def test_a_model_whose_exits_train_alone_teaches_what_it_answers_in_use(task, network, tmp_path):
+    def exited() -> nn.Module:
+        return attach_exits(network(), Exits(["4"], [nn.Sequential(nn.Dropout(0.1), nn.Linear(128, 3))]))
+
+    settings = {"epochs": 3, "batch": 32, "folder": tmp_path}
+    first, resumed = Checked(), Checked()
+    with pytest.raises(Stop):
+        fit(exited(), task, method=Recovery(terms=(first,)), progress=stop_after(2), **settings)
+    model = fit(exited(), task, method=Recovery(terms=(resumed,)), resume=True, **settings).model
+    assert (first.seen, resumed.seen) == ([32] * 10, [32] * 5)
+    assert not any(module.training for module in model.modules())
 
 
 class Stop(Exception):

@@ -57,7 +57,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def answers_of(output: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """A model's answers to a batch, its own last: those of all exits where it answers with a tuple."""
+    """A model's answers to a batch, its own last: those of all exits where it answers with a tuple. In a named tuple
+    its own is the field ``logits``, wherever it stands."""
+    own = getattr(output, "logits", None) if isinstance(output, tuple) else None
+    if own is not None:
+        return (*(answer for answer in output if answer is not own), own)
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 

@@ -18,6 +18,7 @@ The functions of tensors are public; ``Conversion`` is the term of a recovery, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -190,7 +191,8 @@ class Conversion(Term):
         _check_rule(self.target)
         if not self.activity >= 0:
             raise LissomError(f"the activity's weight is {self.activity}; it is at least 0")
-        if self.threshold != "auto" and not (isinstance(self.threshold, int | float) and self.threshold > 0):
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if self.threshold != "auto" and not (number and 0 < float(self.threshold) < math.inf):
             raise LissomError(f"the threshold is {self.threshold!r}; it is an entropy above 0 in nats, or 'auto'")
 
     @property

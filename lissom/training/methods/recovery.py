@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lissom.errors import LissomError
-from lissom.layers.exits import first_tensor
+from lissom.layers.exits import exits_of, first_tensor, own_answer, own_exits
 from lissom.tasks.task import Task
 from lissom.training.methods.base import Method, unwrapped
 from lissom.training.speed import whole
@@ -138,7 +138,8 @@ class Phase:
 class Recovery(Method):
     """Trains a changed model on the sum of ``terms``, with the ``original`` (never trained) as the teacher.
 
-    Without an original the model's own answers teach, detached: for terms that train nothing but exits.
+    Without an original the model's own answers teach, detached: for terms that train nothing but exits, while ``fit``
+    keeps all else in eval mode.
     """
 
     original: nn.Module | None = None
@@ -214,4 +215,6 @@ def _look(model: nn.Module, inputs: torch.Tensor, paths: Iterable[str]) -> Seen:
     finally:
         for handle in handles:
             handle.remove()
+    if exits_of(inner) is None and not own_exits(inner):
+        output = own_answer(inner, output)  # what auxiliary heads answer besides is no exit's answer
     return Seen(output if isinstance(output, tuple) else (output,), features)
