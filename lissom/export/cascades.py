@@ -29,6 +29,7 @@ __all__ = [
     "run_cascade",
 ]
 
+ORDERS = ("cheaper", "accurate")
 TOLERANCE = 0.1  # points of accuracy: the curve over thresholds is flat, and second calls are not free
 COLDEST, HOTTEST = 1 / 8, 8.0  # temperatures that are looked at
 
@@ -50,7 +51,7 @@ def complementarity(correct_a: np.ndarray, correct_b: np.ndarray, penalty: bool 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two of a pool, by their places in it: ``first`` is the cheaper one, or at equal cost the more accurate."""
+    """Two of a pool, by their places in it; ``first`` is the one that always runs."""
 
     first: int
     second: int
@@ -59,14 +60,26 @@ class Pair:
 
 
 def best_pair(
-    correct: np.ndarray, costs: Sequence[float] | np.ndarray, budget: float | None = None, penalty: bool = True
+    correct: np.ndarray,
+    costs: Sequence[float] | np.ndarray,
+    budget: float | None = None,
+    penalty: bool = True,
+    order: str = "cheaper",
 ) -> Pair:
     """The most complementary two of a pool that together cost ``budget`` at most (None: whatever they cost).
 
     ``correct``, bool (M, N): what each of M classifiers got right of N samples that none was trained on. ``costs``
     (M,), in any unit: parameters, or multiply-accumulates. Of equally complementary pairs the one of which either is
-    right more often, then the cheaper. Raises LissomError where there are fewer than two, or no two within the budget.
+    right more often, then the cheaper.
+
+    ``order``: who is first, the "cheaper" one (at equal cost the more accurate), or the more "accurate" (of equals the
+    cheaper), which as a rule calls the second less often. Which of the two orders costs less in all hangs on how sure
+    the first is, sample by sample, and that is not known here: try both.
+
+    Raises LissomError where there are fewer than two, no two within the budget, and for another order.
     """
+    if order not in ORDERS:
+        raise LissomError(f"a pair's order is one of {', '.join(map(repr, ORDERS))}, not {order!r}")
     correct, costs = _truths(correct), np.asarray(costs, np.float64)
     if correct.ndim != 2 or len(correct) < 2 or not correct.shape[1]:
         raise LissomError(
@@ -85,8 +98,9 @@ def best_pair(
         cheapest = float(np.sort(costs)[:2].sum())
         raise LissomError(f"no two of the pool cost {budget:g} or less together; the cheapest two cost {cheapest:g}")
     value, _, cost, one, other = max(ranked)
-    order = sorted((-one, -other), key=lambda i: (costs[i], -int(correct[i].sum()), i))
-    return Pair(order[0], order[1], value, -cost)
+    ranks = {i: (costs[i], -int(correct[i].sum())) for i in (-one, -other)}
+    first, second = sorted(ranks, key=lambda i: (*(ranks[i] if order == "cheaper" else ranks[i][::-1]), i))
+    return Pair(first, second, value, -cost)
 
 
 def run_cascade(
@@ -147,7 +161,7 @@ def find_threshold(
         values = np.unique(np.append(sorted_a, above))
     else:
         values = np.asarray(grid, np.float64)
-        if values.ndim != 1 or not len(values) or (np.diff(values) < 0).any():
+        if values.ndim != 1 or not len(values) or np.isnan(values).any() or (np.diff(values) < 0).any():
             raise LissomError("a grid of thresholds is a list of numbers in rising order")
     called = np.where(b > a, right_b, right_a) if postcheck else right_b
     # With the k least sure samples called, those are right as ``called`` says and the others as the first is.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lissom.techniques.base import STAGES
 from lissom.techniques.cascade import Cascade
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer
+from lissom.training.loop import data_marks, weights_mark
 
 __all__ = ["Pool", "pair_recipes", "record_pool"]
 
@@ -49,10 +51,12 @@ class Pool:
 def record_pool(recipes: Sequence[Recipe | str], recoverer: Recoverer) -> Pool:
     """What each of the recipes gets right on the task's ``choose``, each trained as ``recoverer`` would.
 
-    Raises LissomError where there are no labels, a recipe has exits or members, or stands twice; NotApplicable where
-    one does not apply.
+    Raises LissomError where there are no labels or no recipes, a recipe has exits or members, or stands twice;
+    NotApplicable where one does not apply.
     """
     pool = tuple(Recipe.of(recipe) for recipe in recipes)
+    if not pool:
+        raise LissomError("a pool without recipes has nothing to record; give two or more to choose a pair from")
     task, labels = recoverer.task, recoverer.task.choose.labels
     if labels is None or task.kind != "classification":
         raise LissomError("a pair is chosen by right and wrong answers, and the data have no labels of classes")
@@ -68,26 +72,29 @@ def record_pool(recipes: Sequence[Recipe | str], recoverer: Recoverer) -> Pool:
     return Pool(pool, np.array(correct).reshape(len(pool), -1), np.array(macs, np.int64))
 
 
-def pair_recipes(pool: Pool, budget: float | None = None, penalty: bool = True, **knobs: Any) -> tuple[Cascade, Pair]:
+def pair_recipes(
+    pool: Pool, budget: float | None = None, penalty: bool = True, order: str = "cheaper", **knobs: Any
+) -> tuple[Cascade, Pair]:
     """The cascade of the pool's most complementary two that together cost ``budget`` multiply-accumulates at most.
 
-    The cheaper one is first. ``knobs`` are the cascade's others (``score``, ``risk``). Raises LissomError as
-    ``lissom.export.cascades.best_pair``.
+    The "cheaper" one is first, or with ``order`` the more "accurate". ``knobs`` are the cascade's others (``score``,
+    ``risk``). Raises LissomError as ``lissom.export.cascades.best_pair``.
     """
-    pair = best_pair(pool.correct, pool.macs, budget, penalty)
+    pair = best_pair(pool.correct, pool.macs, budget, penalty, order)
     return Cascade(first=pool.recipes[pair.first], second=pool.recipes[pair.second], **knobs), pair
 
 
 def _right(
     recipe: Recipe, model: torch.nn.Module, split: Split, labels: np.ndarray, recoverer: Recoverer
 ) -> np.ndarray:
-    """bool (N,), from the recoverer's folder where it is known already."""
-    key = f"{recoverer.seed} {recipe} {recoverer.task.name} {len(labels)}"
+    """bool (N,), from the recoverer's folder where it is known already of this model and these data."""
+    key = f"{recipe} {weights_mark(model)} {' '.join(data_marks(split))} {len(labels)}"
     path = Path(recoverer.folder) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.right.npy"
     if path.is_file():
-        found = np.load(path)
-        if found.dtype == bool and found.shape == labels.shape:
-            return found
+        with suppress(ValueError, EOFError):  # a damaged file is none
+            found = np.load(path)
+            if found.dtype == bool and found.shape == labels.shape:
+                return found
     answers = [run_eager(model, torch.from_numpy(x)).argmax(1).numpy() for x in batches(split, BATCH)]
     right = np.concatenate(answers) == labels
     path.parent.mkdir(parents=True, exist_ok=True)

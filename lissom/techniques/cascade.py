@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,6 +45,7 @@ __all__ = ["Cascade"]
 PLACES = ("first", "second")
 AS_IT_IS = Recipe()
 RULES = {"confidence": "confidence", "difference": "difference", "entropy": "normalised_entropy"}
+BATCH = 256  # images that are in memory at once
 FEWEST = 50  # images on which a temperature is fitted; with fewer it stays 1
 _OUTSIDE = "what changes a network stands in the members: cascade(first=({name}()), second=({name}()))"
 
@@ -220,12 +222,18 @@ class Cascade(Technique):
             why = "there are no labels" if labels is None else f"only {len(rows)} images may be looked at for them"
             return replace(plan, notes=(*plan.notes, f"cascade leaves the temperatures at 1: {why}"))
         model = clone(plan.model)
-        inputs = torch.from_numpy(task.choose.inputs(rows))
+        members = []
         for place in PLACES:
             member = model.get_submodule(place)
             assert isinstance(member, Member)
             member.temperature.value = 1.0
-            member.temperature.value = fit_temperature(run_eager(member, inputs).numpy(), labels[rows])
+            members.append(member)
+        parts = []
+        for start in range(0, len(rows), BATCH):
+            inputs = torch.from_numpy(task.choose.inputs(rows[start : start + BATCH]))
+            parts.append([run_eager(member, inputs).numpy() for member in members])
+        for member, logits in zip(members, zip(*parts, strict=True), strict=True):
+            member.temperature.value = fit_temperature(np.concatenate(logits), labels[rows])
         values = " and ".join(f"{model.get_submodule(f'{place}.temperature').value:.2f}" for place in PLACES)
         return plan.with_model(model, f"cascade's temperatures are {values}, fitted on {len(rows)} images of choose")
 

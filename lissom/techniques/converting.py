@@ -61,8 +61,13 @@ class Converting(Technique):
     name: ClassVar[str] = "converting"
     stage: ClassVar[str] = "cascade"
     refuses: ClassVar[Mapping[str, str]] = {
-        "early_exit": "converting is an early exit that all images take, so that none is left for another; "
-        "leave one of the two out",
+        **dict.fromkeys(
+            ("early_exit", "similarity_exit"),
+            "converting is an early exit that all images take, so that none is left for another; leave one of the two "
+            "out",
+        ),
+        "cascade": "converting makes one network that all images run through, and a cascade is of two that each answer "
+        "by themselves; leave one of the two out",
         "low_rank": "its training compares features of one image in two networks, and converting shows the network "
         "another image; leave one of the two out",
         "token_clustering": "converting takes a part out of the network, and a clustering, which hangs on its modules "
@@ -102,8 +107,7 @@ class Converting(Technique):
                 raise ValueError(sentence)
 
     def check(self, plan: Plan, target: Target) -> None:
-        if plan.decisions:
-            raise NotApplicable("the plan has exits, and converting makes a network that answers once")
+        _check_answers_once(plan)
         if plan.shape:
             self._check_shape(plan.shape)
 
@@ -114,6 +118,7 @@ class Converting(Technique):
         """
         if task.kind != "classification":
             raise NotApplicable("converting makes easy images of a class, and is for classification")
+        _check_answers_once(plan)
         self._check_shape(task.shape)
         if plan.recovery:
             raise NotApplicable(
@@ -184,6 +189,11 @@ class Converting(Technique):
         if not places and plan.shape:
             places = list(positions(plan.model, plan.shape))
         return {"at": tuple(places), "target": ("prototype", "keep")} if places else {"target": ("prototype", "keep")}
+
+
+def _check_answers_once(plan: Plan) -> None:
+    if plan.decisions:
+        raise NotApplicable("the plan has exits, and converting makes a network that answers once")
 
 
 def _answering(model: nn.Module, at: str) -> nn.Module:

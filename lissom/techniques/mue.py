@@ -89,10 +89,11 @@ class SimilarityExit(Technique):
     train: bool = False
 
     def __post_init__(self) -> None:
-        wrong = isinstance(self.at, str | int) or not self.at or any(isinstance(p, bool) for p in self.at)
+        wanted = self.at if isinstance(self.at, tuple) else ()
+        wrong = not wanted or any(not isinstance(p, str | int) or isinstance(p, bool) for p in wanted)
         if self.at is not None and wrong:
             raise ValueError("at is a tuple of block numbers or paths, as in at=(4, 8) or at=('blocks.4',)")
-        if not 0 < self.risk < 100:
+        if not isinstance(self.risk, int | float) or not 0 < self.risk < 100:
             raise ValueError(f"risk is in points of quality, between 0 and 100, not {self.risk!r}")
         if not isinstance(self.train, bool):
             raise ValueError(f"train is True or False, not {self.train!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,12 @@ def test_a_pair_is_chosen_within_the_budget_and_the_cheaper_goes_first() -> None
     cheap = best_pair(right, [5, 2, 1, 100], budget=6)
     assert (cheap.first, cheap.second, cheap.complementarity) == (2, 1, pytest.approx(0.6))
     assert (best_pair(right[[0, 1]], [1, 1]).first, best_pair(right[[0, 2]], [1, 1]).first) == (0, 1)
+    dear = best_pair(right[1:], [2, 3, 100], budget=6, order="accurate")
+    assert (dear.first, dear.second) == (1, 0)
+    assert best_pair(right[1:], [2, 3, 100], budget=6) == replace(dear, first=0, second=1)
+    assert best_pair(right[[0, 1]], [2, 1], order="accurate").first == 1  # right as often: the cheaper
+    with pytest.raises(LissomError, match="order is one of 'cheaper', 'accurate', not 'dearer'"):
+        best_pair(right, [5, 2, 1, 100], order="dearer")
     with pytest.raises(LissomError, match="the cheapest two cost 3"):
         best_pair(right, [5, 2, 1, 100], budget=2)
     with pytest.raises(LissomError, match="two or more"):
@@ -201,6 +208,8 @@ def test_no_row_that_a_temperature_sees_is_tested(n: int, risk: float, delta: fl
         (lambda: run_cascade(np.array([np.nan]), np.array([1.0]), 0.5), "finite"),
         (lambda: find_threshold(np.ones(3), np.ones(3), np.ones(2), np.ones(3)), "of each classifier"),
         (lambda: find_threshold(*made(0), grid=[0.5, 0.1]), "rising order"),
+        (lambda: find_threshold(*made(0), grid=[math.nan]), "rising order"),
+        (lambda: find_threshold(*made(0), grid=[0.1, math.nan, 0.5]), "rising order"),
         (lambda: find_threshold(*made(0), tolerance=-1), "at least 0"),
         (lambda: fit_temperature(np.ones((2, 3)), np.array([0, 3])), "outside of 0 to 2"),
         (lambda: fit_temperature(np.ones((2, 3)), np.array([0])), "labels"),

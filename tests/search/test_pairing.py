@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 from lissom.data.splits import ArraySplit
 from lissom.errors import LissomError, NotApplicable
@@ -63,7 +68,40 @@ def test_a_pool_is_trained_and_recorded_once(recoverer: Recoverer) -> None:
     assert {file: file.stat().st_mtime_ns for file in recoverer.folder.iterdir()} == kept
 
 
+def test_what_is_kept_is_of_one_model_and_its_data(recoverer: Recoverer, tmp_path: Path) -> None:
+    def recorded(model: nn.Module, split: ArraySplit) -> np.ndarray:
+        task = replace(recoverer.task, choose=split)
+        own = Recoverer(Plan.of(model, SHAPE), task, TARGET, tmp_path, epochs=1, seconds=None, seed=0)
+        return record_pool([""], own).correct[0]
+
+    def right(model: nn.Module, split: ArraySplit) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.from_numpy(split.inputs(slice(None)))).argmax(1).numpy() == split.labels
+
+    model, split = recoverer.plan.model, recoverer.task.choose
+    torch.manual_seed(1)
+    other = timm.create_model("resnet10t", num_classes=4).eval()
+    turned = copy.deepcopy(model)
+    with torch.no_grad():
+        turned.head.weight.neg_()
+    moved = ArraySplit("made", split.inputs(slice(None))[::-1].copy(), split.labels)
+    relabelled = ArraySplit("made", split.inputs(slice(None)), (split.labels + 1) % 4)
+    made = [(model, split), (turned, split), (other, split), (model, moved), (model, relabelled)]
+    for _ in "ab":  # recorded, then read
+        for of in made:
+            np.testing.assert_array_equal(recorded(*of), right(*of))
+    kept = sorted(tmp_path.glob("*.npy"))
+    assert len(kept) == len(made)
+    # Damaged files are recorded anew.
+    for damage in (b"", b"\x93NUM", b"other", kept[0].read_bytes()[:-10]):
+        for file in kept:
+            file.write_bytes(damage)
+        np.testing.assert_array_equal(recorded(model, split), right(model, split))
+
+
 def test_what_is_refused(recoverer: Recoverer) -> None:
+    with pytest.raises(LissomError, match="a pool without recipes"):
+        record_pool([], recoverer)
     with pytest.raises(LissomError, match="stands twice in the pool"):
         record_pool(["low_rank(ratio=2.0)", "low_rank(ratio=2.0)"], recoverer)
     with pytest.raises(NotApplicable, match="answers several times"):
@@ -71,3 +109,12 @@ def test_what_is_refused(recoverer: Recoverer) -> None:
     pool = Pool((Recipe(), Recipe.parse("fuse()")), np.ones((2, 5), bool), np.array([5, 6]))
     with pytest.raises(LissomError, match="cost 3 or less together"):
         pair_recipes(pool, budget=3)
+
+
+def test_the_more_accurate_goes_first_on_request() -> None:
+    right = np.array([[1, 1, 1, 0], [0, 0, 1, 1]], bool)
+    pool = Pool((Recipe(), Recipe.parse("fuse()")), right, np.array([6, 5]))
+    cheaper, pair = pair_recipes(pool)
+    accurate, other = pair_recipes(pool, order="accurate")
+    assert (pair.first, pair.second) == (other.second, other.first) == (1, 0)
+    assert (str(cheaper.recipe("first")), str(accurate.recipe("first"))) == ("fuse()", "")

@@ -15,6 +15,8 @@ from torch import nn
 
 from lissom.data.splits import ArraySplit
 from lissom.errors import LissomError, NotApplicable
+from lissom.export.calibration import never_tested
+from lissom.export.cascades import fit_temperature
 from lissom.export.plan import Plan, Precision
 from lissom.images import Preprocessing
 from lissom.layers.cascade import PostCheck
@@ -253,6 +255,30 @@ def test_temperatures_are_fitted_on_what_no_promise_is_tested_on(tmp_path: Path)
     bare = of.with_splits(choose=ArraySplit("choose", of.choose.inputs(slice(0, 600)), None))
     unlabelled = Recoverer(plan, bare, TARGET, tmp_path, epochs=1, seconds=None, seed=0)
     assert any("there are no labels" in note for note in unlabelled.recover(recipe, made).notes)
+
+
+def test_temperatures_are_fitted_on_a_batch_of_images_at_a_time() -> None:
+    asked: list[int] = []
+
+    class Spy(ArraySplit):
+        def inputs(self, indices: np.ndarray | slice) -> np.ndarray:
+            found = super().inputs(indices)
+            asked.append(len(found))
+            return found
+
+    plan, of = plan_of(vit()), task(3000)
+    made = Recipe.parse("cascade(first=(int8()))").apply(plan, of, TARGET)
+    (cascade,) = Recipe.parse("cascade(first=(int8()))").techniques
+    whole = Spy("made", of.choose.inputs(slice(None)), of.choose.labels)
+    found = cascade.tempered(made, of.with_splits(choose=whole), 0)  # type: ignore[attr-defined]
+    assert asked == [256, 44]  # a tenth of the images, each once for both members
+    rows = never_tested(3000, 0)
+    with torch.no_grad():
+        logits = plan.model(torch.from_numpy(of.choose.inputs(rows))).numpy()
+    wanted = fit_temperature(logits, of.choose.labels[rows])  # type: ignore[index]
+    assert wanted != pytest.approx(1, abs=0.01)
+    for place in ("first", "second"):
+        assert found.model.get_submodule(f"{place}.temperature").value == pytest.approx(wanted, rel=1e-4)
 
 
 CODE = """

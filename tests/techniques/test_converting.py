@@ -25,6 +25,7 @@ from lissom.runtime.artifact import Artifact
 from lissom.runtime.target import Target
 from lissom.tasks.task import Task
 from lissom.techniques.converting import Converting
+from lissom.techniques.mue import SimilarityExit
 from lissom.techniques.recipe import Recipe
 from lissom.techniques.recovering import Recoverer
 from lissom.training.loop import FitEvent, evaluate, fit
@@ -173,7 +174,9 @@ def test_what_is_refused() -> None:
     assert "no place in its middle" in refusal(SMALL, shallow, task())
     with pytest.raises(NotApplicable, match="answers once"):
         SMALL.check(replace(plan, decisions=(object(),)), TARGET)  # type: ignore[arg-type]
-    for other in ("early_exit()", "low_rank()", "token_clustering()"):
+    exited = SimilarityExit(at=(1,)).apply(Plan.of(vit(), SHAPE), task())
+    assert "the plan has exits, and converting makes a network that answers once" in refusal(SMALL, exited, task())
+    for other in ("early_exit()", "low_rank()", "token_clustering()", "similarity_exit()", "cascade(first=(int8()))"):
         with pytest.raises(NotApplicable, match="leave one of the two out"):
             Recipe.parse(f"converting() + {other}").check(Plan.of(vit(), SHAPE), TARGET)
 
@@ -230,7 +233,7 @@ def test_one_recovery_trains_head_autoencoder_and_light_network(tmp_path, labell
     made = maker.recover(recipe, fresh)
     assert [e.epoch for e in told] == list(range(1, 22))
     assert {e.epochs for e in told} == {21}
-    assert [p.name for p in tmp_path.iterdir()] == [p.name for p in tmp_path.glob("*.safetensors")]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
     changed = {k for k, v in made.model.state_dict().items() if not torch.equal(v, fresh.model.state_dict()[k])}
     assert any(k.startswith("autoencoder.encoder") for k in changed)
     assert {"light.head.classifier.weight", "light.stem.0.weight"} <= changed

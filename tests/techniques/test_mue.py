@@ -114,7 +114,10 @@ def test_what_is_refused(plan):
     resnet = timm.create_model("resnet18", num_classes=4).eval()
     with pytest.raises(NotApplicable, match=r"layer1\.0 to layer1\.1, lie \d\d% of the model's operations"):
         SimilarityExit().apply(Plan.of(resnet, SHAPE), of)
-    for wrong in ({"at": "blocks.1"}, {"at": ()}, {"at": (True,)}, {"risk": 0}, {"risk": 100}, {"train": 1}):
+    for wrong in (
+        {"at": "blocks.1"}, {"at": ()}, {"at": (True,)}, {"at": 4.5}, {"at": (4.5,)}, {"at": (None,)},
+        {"risk": 0}, {"risk": 100}, {"risk": "a"}, {"risk": None}, {"train": 1},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=r"at is|risk is|train is"):
             SimilarityExit(**wrong)
     with pytest.raises(LissomError, match="similarity_exit: at is"):
