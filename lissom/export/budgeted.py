@@ -85,8 +85,12 @@ def leave(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def for_runtime(thresholds: np.ndarray) -> np.ndarray:
-    """The thresholds as artifacts hold them: float32 (K,) that a float32 score exceeds where it reaches the others."""
-    return np.nextafter(np.asarray(thresholds, dtype=np.float32), np.float32(-np.inf), dtype=np.float32)
+    """The thresholds as artifacts hold them: float32 (K,) that a float32 score exceeds where it reaches the others.
+
+    inf, an exit that is never taken, stays inf.
+    """
+    given = np.asarray(thresholds, dtype=np.float32)
+    return np.where(given == np.inf, given, np.nextafter(given, np.float32(-np.inf), dtype=np.float32))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ operators, so that they export with the network they stand on.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ __all__ = [
     "MapExit",
     "TokenExit",
     "build_head",
+    "channels_come_last",
     "head_kinds",
 ]
 
@@ -229,6 +231,19 @@ def head_kinds(count: int, maps: bool = False) -> list[str]:
     return [{"gah2": "gah1", "gah3": "gah2"}.get(kind, kind) for kind in kinds] if maps else kinds
 
 
+def channels_come_last(sizes: Sequence[int], aspect: float = 1.0) -> bool:
+    """Whether a map of three ``sizes``, the batch left out, is (h, w, C) and not (C, h, w), as torch has it.
+
+    ``aspect`` is the image's height over its width: a map has it too, but for its sides' rounding, up or down. It is
+    (h, w, C) where the first two sizes have these proportions and the last two have not.
+    """
+
+    def fits(rows: int, columns: int) -> bool:
+        return abs(rows - aspect * columns) < max(1.0, aspect)  # less than one row or one column off
+
+    return fits(sizes[0], sizes[1]) and not fits(sizes[1], sizes[2])
+
+
 def build_head(
     sample: torch.Tensor,
     classes: int,
@@ -249,10 +264,10 @@ def build_head(
     - (B, C, H, W): ``MapExit`` in a transformer of several ``stages``, else ``ConvExit``, whatever the ``kind``;
     - any of these and the ``kind`` "linear": ``LinearExit``.
 
-    A map's channels are the last of its sizes where ``channels_last`` says so, or where it says nothing and the two
-    sizes before are equal and the last differs; else the first, as torch has it. ``kind`` is one of ``head_kinds``, or
-    "linear". Where the channels are no multiple of 8, a global aggregation head has as many attention
-    heads as the largest divisor below 8. Raises NotApplicable for another shape, and for a kind or grid that does not
+    A map's channels are the last of its sizes where ``channels_last`` says so, or where it says nothing and
+    ``channels_come_last`` does for a square image; else the first, as torch has it. ``kind`` is one of ``head_kinds``,
+    or "linear". Where the channels are no multiple of 8, a global aggregation head has as many attention heads as the
+    largest divisor below 8. Raises NotApplicable for another shape, and for a kind or grid that does not
     fit it.
     """
     if kind not in ("linear", "lph_a", "lph_b") and not re.fullmatch(r"gah[1-9]\d*", kind):
@@ -260,7 +275,7 @@ def build_head(
     shape = tuple(sample.shape)
     if sample.ndim == 4:
         if channels_last is None:
-            channels_last = shape[1] == shape[2] != shape[3]
+            channels_last = channels_come_last(shape[1:])
         dim = shape[3] if channels_last else shape[1]
         if kind == "linear":
             return LinearExit(dim, classes, 0, channels_first=not channels_last)

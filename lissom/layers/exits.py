@@ -33,6 +33,7 @@ __all__ = [
     "exits_of",
     "exits_put_away",
     "first_tensor",
+    "own_answer",
     "own_exits",
     "put_away_exits",
     "remove_exits",
@@ -116,8 +117,7 @@ class _Look(ExitHook):
 
 
 class _Answer(ExitHook):
-    """Forward hook of the model: its answer becomes that of every exit and its own. Of a model that answers with a
-    tuple itself, as some do in training, the last is its own."""
+    """Forward hook of the model: its answer becomes that of every exit and its own."""
 
     def __init__(self, exits: Exits) -> None:
         self.exits = exits
@@ -130,7 +130,28 @@ class _Answer(ExitHook):
             if seen is None:
                 raise LissomError(f"an exit reads {exits.positions[index]!r}, which this forward pass did not run")
             answers.append(head(seen.detach() if exits.detached and seen.requires_grad else seen))
-        return (*answers, output[-1] if isinstance(output, tuple) else output)
+        return (*answers, own_answer(module, output))
+
+
+def own_answer(model: nn.Module, output: Any) -> Any:
+    """The model's own answer in its ``output``, of which it may give several at once, as some do in training.
+
+    Of a named tuple the field ``logits``: torchvision's GoogLeNet and Inception v3 name the answers of their auxiliary
+    heads behind it. Of a network that declares exits of its own the last. Raises LissomError for other tuples, which
+    begin with the own answer or end with it, as their authors chose.
+    """
+    if not isinstance(output, tuple):
+        return output
+    if isinstance(named := getattr(output, "logits", None), torch.Tensor):
+        return named
+    if callable(getattr(model, "own_exits", None)):
+        return output[-1]
+    if (only := first_tensor(output)) is not None:
+        return only
+    raise LissomError(
+        f"{type(model).__name__} gives {len(output)} answers at once, and which of them is its own cannot be told; let "
+        "it answer with one tensor in training too, or with a named tuple whose field logits is its own answer"
+    )
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
@@ -148,7 +169,9 @@ def attach_exits(model: nn.Module, exits: Exits) -> nn.Module:
     """
     remove_exits(model)
     if hasattr(model, NAME):
-        raise ValueError(f"{type(model).__name__} has something else called {NAME!r}; exits go by that name")
+        raise ValueError(
+            f"{type(model).__name__} has something else called {NAME!r}, the name that exits go by; rename it"
+        )
     modules = dict(model.named_modules())
     for position in exits.positions:
         if position not in modules:
@@ -170,7 +193,8 @@ def own_exits(model: nn.Module) -> tuple[OwnExit, ...]:
 def attach_own_exits(model: nn.Module, places: Sequence[str] | None = None) -> nn.Module:
     """Make the model answer at its own exits too, or at those of ``places`` (the ``at`` of each), in place.
 
-    They keep their gradients: nothing is detached. Raises ValueError for a place that is none of its own exits.
+    They keep their gradients: nothing is detached. Raises ValueError for a place that is none of its own exits, and
+    where the network calls something ``exits``, its own exits' classifiers for one: that name is taken.
     """
     known = [exit.at for exit in own_exits(model)]
     chosen = known if places is None else [at for at in known if at in set(places)]

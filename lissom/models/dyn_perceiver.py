@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import FeatureDictNet, feature_take_indices
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from timm.models.resnet import BasicBlock, Bottleneck, make_blocks
 from torch import nn
 from torch.nn import functional as F
@@ -52,15 +54,17 @@ def split_cnn(cnn: Any) -> tuple[nn.Module, list[nn.Module]]:
     """A CNN as its stem and its four stages, each a module from map to map; its classifier is left out.
 
     Known forms: torchvision's RegNet, ResNet and MobileNetV3-Large; timm's ResNets, and any of timm's networks as
-    ``timm.create_model(name, features_only=True)`` takes it apart module by module (its last four maps are the
-    stages'); and a pair (stem, [stage 1, ..., stage 4]) of your own. Raises ValueError for anything else.
+    ``timm.create_model(name, features_only=True)`` takes it apart module by module or, as EfficientNets and
+    MobileNets, block by block (its last four maps are the stages'); and a pair (stem, [stage 1, ..., stage 4]) of your
+    own. Raises ValueError for anything else.
     """
     if isinstance(cnn, tuple | list):
         stem, stages = cnn
         if len(stages) != STAGES:
             raise ValueError(f"a Dyn-Perceiver stands on a CNN of {STAGES} stages, not {len(stages)}")
         return stem, list(stages)
-    if isinstance(cnn, FeatureDictNet):
+    own = isinstance(cnn, EfficientNetFeatures | MobileNetV3Features) and cnn.feature_hooks is None
+    if own or isinstance(cnn, FeatureDictNet):
         return _split_features(cnn)
     if hasattr(cnn, "trunk_output") and hasattr(cnn, "stem"):
         return cnn.stem, list(cnn.trunk_output.children())
@@ -74,8 +78,8 @@ def split_cnn(cnn: Any) -> tuple[nn.Module, list[nn.Module]]:
         stem, *parts = (features[a:b] for a, b in pairwise(bounds))
         return _renumbered(stem), [_renumbered(part) for part in parts]
     raise ValueError(
-        f"the four stages of {type(cnn).__name__} are not known; give timm.create_model(name, features_only=True), or "
-        "a pair (stem, [stage 1, stage 2, stage 3, stage 4]) of modules"
+        f"the four stages of {type(cnn).__name__} are not known; give timm.create_model(name, features_only=True) of a "
+        "network that timm takes apart, or a pair (stem, [stage 1, stage 2, stage 3, stage 4]) of modules"
     )
 
 
@@ -83,17 +87,24 @@ def _renumbered(part: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*part.children())  # a slice keeps the numbers it had
 
 
-def _split_features(features: FeatureDictNet) -> tuple[nn.Module, list[nn.Module]]:
-    names, ends = list(features), [n for n, name in enumerate(features) if name in features.return_layers]
+def _split_features(features: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """timm's features as a stem and the stages that end with the last four maps."""
+    if isinstance(features, FeatureDictNet):
+        modules = list(features.values())
+        ends = [n + 1 for n, name in enumerate(features) if name in features.return_layers]
+        begins = [end - 1 for end in ends]  # what stands between the stem's map and a stage (a pooling) is the stem's
+    else:
+        stem = [module for name, module in features.named_children() if name != "blocks"]
+        modules = [*stem, *features.blocks]
+        # What timm calls a stage is a block's number from 1; 0 is the first convolution, which is no stage here.
+        maps = [len(stem) + info["stage"] for info in features.feature_info.info]
+        ends = [len(stem) + info["stage"] for info in features.feature_info.get_dicts() if info["stage"]]
+        begins = [max((n for n in maps if n < end), default=len(stem)) for end in ends]
     if len(ends) < STAGES:
         raise ValueError(f"a Dyn-Perceiver stands on a CNN of {STAGES} stages, and these features are {len(ends)} maps")
-    first, *_ = ends = ends[-STAGES:]
-    groups, start = [], first  # what stands between the stem's map and the first stage (a pooling) is the stem's
-    for end in ends:
-        parts = [features[name] for name in names[start : end + 1]]
-        groups.append(parts[0] if len(parts) == 1 else nn.Sequential(*parts))
-        start = end + 1
-    return nn.Sequential(*(features[name] for name in names[:first])), groups
+    bounds = [begins[-STAGES], *ends[-STAGES:]]
+    parts = [modules[a:b] for a, b in pairwise(bounds)]
+    return nn.Sequential(*modules[: bounds[0]]), [p[0] if len(p) == 1 else nn.Sequential(*p) for p in parts]
 
 
 @torch.no_grad()

@@ -54,17 +54,27 @@ def _with_exits(model: nn.Module, exits: Sequence[int], classes: int, distilled:
 
 
 class _Reset:
-    """Networks whose exits get new classifiers with their own."""
+    """Networks whose exits get new classifiers with their own, and another size of the images."""
 
     exits: Exits
 
     def reset_classifier(self, num_classes: int, *arguments: Any, **more: Any) -> None:
         super().reset_classifier(num_classes, *arguments, **more)  # type: ignore[misc]
-        own: Any = self
-        exits = exits_of(own) or exits_put_away(own)
-        for head in () if exits is None else exits.heads:
+        for head in self._heads():
             assert isinstance(head, TokenExit | MapExit)
             head.reset_classifier(num_classes)
+
+    def set_input_size(self, *arguments: Any, **more: Any) -> None:
+        super().set_input_size(*arguments, **more)  # type: ignore[misc]
+        own: Any = self
+        for head in self._heads():
+            if isinstance(head, TokenExit):  # others take the grid from their map
+                head.grid = own.patch_embed.grid_size
+
+    def _heads(self) -> list[nn.Module]:
+        own: Any = self
+        exits = exits_of(own) or exits_put_away(own)
+        return [] if exits is None else list(exits.heads)
 
 
 class LGViT(_Reset, VisionTransformer):

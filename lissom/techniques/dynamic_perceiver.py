@@ -44,8 +44,8 @@ class DynamicPerceiver(Technique):
     ``latents`` tokens enter (a multiple of 8) and half of them go on at each stage; ``depths`` are layers of
     self-attention in front of each stage, ``widening`` that of their hidden layers. ``risk``: points of quality that
     the exits may cost, kept with a probability of 95 %. ``stages``: the paths of five modules, the one that gives the
-    first stage's input and the last one of each of the four stages; () finds them. ``at`` (1 to 3, or paths) and
-    ``rule`` choose among the exits and say when an input leaves, as in early_exit.
+    first stage's input and the last one of each of the four stages; () finds them. ``at`` (1 to 3, or paths) chooses
+    among the exits, ``rule`` and ``patience`` say when an input leaves, as in early_exit.
     """
 
     name: ClassVar[str] = "dynamic_perceiver"
@@ -61,6 +61,7 @@ class DynamicPerceiver(Technique):
     stages: tuple[str, ...] = ()
     at: tuple[str | int, ...] | None = None
     rule: str = "confidence"
+    patience: int = 2
 
     def __post_init__(self) -> None:
         if not _whole(self.latents):
@@ -120,14 +121,14 @@ class DynamicPerceiver(Technique):
 
     def _exits(self) -> EarlyExit:
         """The same exits as that technique opens them."""
-        return EarlyExit(at=self.at, rule=self.rule, risk=self.risk)
+        return EarlyExit(at=self.at, rule=self.rule, risk=self.risk, patience=self.patience)
 
     def only(self, places: tuple[str, ...]) -> Self:
         return replace(self, at=self._exits().only(places).at)
 
     def training_form(self, places: tuple[str, ...] = ()) -> Self:
         """With all exits: they are trained once for every choice among them."""
-        return replace(self, at=None, rule="confidence", risk=0.5)
+        return replace(self, at=None, rule="confidence", risk=0.5, patience=2)
 
     @classmethod
     def space(cls, plan: Plan, target: Target) -> Mapping[str, Sequence[Any]]:
@@ -184,7 +185,8 @@ def _is_map(point: CutPoint, shape: tuple[int, ...]) -> bool:
 
 
 def _by_features(model: nn.Module, shape: tuple[int, ...], maps: Sequence[CutPoint]) -> list[CutPoint] | None:
-    """The ends that timm names; None where it names fewer than four, or other modules than this model has."""
+    """The ends that timm names; None where it names fewer than four, other modules than this model has, or places
+    that it cannot be cut at."""
     told = getattr(model, "feature_info", None)
     if not isinstance(told, list):
         return None
@@ -193,14 +195,17 @@ def _by_features(model: nn.Module, shape: tuple[int, ...], maps: Sequence[CutPoi
     if len(names) < STAGES or not all(name in known for name in names):
         return None
     *before, first, second, third, fourth = names
-    ends = [check_cut(model, shape, name) for name in (first, second, third, fourth)]
+    try:
+        ends = [check_cut(model, shape, name) for name in (first, second, third, fourth)]
+        behind = [check_cut(model, shape, name) for name in before[-1:]]
+    except NotApplicable:
+        return None
     if not all(_is_map(end, shape) for end in ends):
         return None
     # In front of the first stage: behind the map before it, and what stands between the two without operations.
     ahead = [p for p in maps if p.done < ends[0].done and not f"{p.path}.".startswith(f"{first}.")]
-    if before:
-        behind = check_cut(model, shape, before[-1])
-        ahead = [p for p in ahead if p.done <= behind.done] or [behind]
+    if behind:
+        ahead = [p for p in ahead if p.done <= behind[0].done] or behind
     found = [*ahead[-1:], *ends]
     whole = len(found) == STAGES + 1 and all(a.done < b.done for a, b in pairwise(found))
     return found if whole else None  # VGG's last map is only pooled

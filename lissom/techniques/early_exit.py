@@ -11,7 +11,9 @@ are a map.
 
 A network with exits of its own (``lissom.layers.exits``; Dyn-Perceiver is one) leaves through those, as they were
 trained: it gets no new heads, and no training where nothing else changes it. So does a model that arrived with exits
-attached, as LGViT's published ones do.
+attached, as LGViT's published ones do. Trained beside another technique, a network's own exits learn from labels, each
+with the weight 0.5, and from the original's answer (``OwnExits``); Dyn-Perceiver's own training weighs the third with 1
+and lets the merged answer teach them, as the technique dynamic_perceiver does.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ from lissom.errors import NotApplicable
 from lissom.export.capture import clone
 from lissom.export.cuts import CutPoint, check_cut, cut_points, evenly, own_exit_costs
 from lissom.export.plan import Exit, Plan
-from lissom.layers.exit_heads import build_head, head_kinds
+from lissom.layers.exit_heads import TokenExit, build_head, channels_come_last, head_kinds
 from lissom.layers.exits import (
+    NAME,
     Exits,
     OwnExit,
     attach_exits,
     attach_own_exits,
+    exits_of,
     exits_put_away,
     first_tensor,
     own_exits,
@@ -115,12 +119,14 @@ class EarlyExit(Technique):
     def check(self, plan: Plan, target: Target) -> None:
         if plan.decisions:
             raise NotApplicable("the plan has exits already")
+        _check_name(plan.model)
 
     def apply(self, plan: Plan, task: Task) -> Plan:
         if task.kind != "classification":
             raise NotApplicable("early exits answer for a whole image: they are for classification")
         if declared := own_exits(plan.model):
             return self._open(plan, task, declared)
+        _check_name(plan.model)
         # Places, and with them the kinds of heads, are those of the model with all its tokens: a clustering changes
         # neither weights nor what heads are trained on.
         whole = plan.model if token_clusters_of(plan.model) is None else remove_token_clusters(clone(plan.model))
@@ -134,13 +140,15 @@ class EarlyExit(Technique):
         every = sorted((check_cut(plan.model, task.shape, path) for path in counted), key=lambda p: p.done)
         points = [point for point in every if point.path in wanted]
         self._check_patience(len(points))
-        samples = _outputs(model, task.shape, [*known, *(p.path for p in every if p.path not in known)])
+        layout = _Layout.of(whole, task.shape)
+        read = dict.fromkeys([*known, *(p.path for p in every), *layout.blocks[-1:]])
+        samples = _outputs(model, task.shape, list(read))
         for point in points:
             _check_read(point, samples[point.path])
         if trained is None:
-            heads = self._heads(model, known, points, every, samples, _Layout.of(whole, task.shape))
+            heads = self._heads(model, known, points, every, samples, layout)
         else:
-            heads = _heads_at(trained, points)
+            heads = _heads_at(model, trained, points)
         own = operations(model, task.shape)
         spent, exits = 0.0, []
         for point, head in zip(points, heads, strict=True):
@@ -153,7 +161,7 @@ class EarlyExit(Technique):
         # Heads that arrive trained are trained where the model is, or where it is asked for; else they stay.
         if trained is not None and self.train == "heads" and not plan.recovery:
             return changed
-        return changed.with_recovery(*self._terms(model, points))
+        return changed.with_recovery(*self._terms(model, points, layout, samples))
 
     def _trained(self, model: nn.Module) -> Exits | None:
         """The exits that the model arrived with, where other heads are not asked for."""
@@ -201,15 +209,23 @@ class EarlyExit(Technique):
         earlier = list(samples)[: list(samples).index(path)]
         return kinds[min(sum(other in alike for other in earlier), len(kinds) - 1)]
 
-    def _terms(self, model: nn.Module, points: Sequence[CutPoint]) -> list[Term]:
+    def _terms(
+        self, model: nn.Module, points: Sequence[CutPoint], layout: _Layout, samples: Mapping[str, Any]
+    ) -> list[Term]:
         """What of the recovery trains the exits."""
+        second = ExitDistillation()
+        if layout.joins_late(model, [point.path for point in points], samples):
+            second = replace(second, beta_het=0.0)  # it compares an exit's tokens with the last block's, one by one
         if self.train == "heads":
-            return [ExitDistillation()]
+            return [second]
         kinds = {type(model.get_submodule(point.path)) for point in points}
         # Depth is counted in blocks; where exits stand behind modules of several kinds, in operations.
         counted = len(kinds) == 1 and not kinds & {nn.Sequential, nn.ModuleList}
         first = AlternatingExits() if counted else AlternatingExits(tuple(point.done for point in points), 1.0)
-        return [first, Afterwards(ExitDistillation())] if self.train == "both" else [first]
+        numbers = [layout.number(point.path) for point in points]
+        if counted and layout.stages and all(numbers):  # of blocks, also where the modules of one kind are stages
+            first = AlternatingExits(tuple(numbers), len(layout.blocks))
+        return [first, Afterwards(second)] if self.train == "both" else [first]
 
     def _open(self, plan: Plan, task: Task, own: Sequence[OwnExit]) -> Plan:
         """The plan with the network's own exits open."""
@@ -222,6 +238,7 @@ class EarlyExit(Technique):
 
     def opened(self, plan: Plan, task: Task, own: Sequence[OwnExit]) -> Plan:
         """The plan with those of the network's ``own`` exits open that ``at`` chooses, none of them trained."""
+        _check_name(plan.model)
         chosen = [own[i] for i in self._chosen([exit.at for exit in own])]
         self._check_patience(len(chosen))
         model = attach_own_exits(clone(plan.model), [exit.at for exit in chosen])
@@ -311,8 +328,10 @@ def positions(model: nn.Module, shape: tuple[int, ...]) -> tuple[str, ...]:
 class _Layout:
     """How a network lays out what exits read. ``blocks``: the paths of a transformer's blocks, in order of execution;
     () for other networks. ``stages``: they stand in several stages, and their tokens are a map. ``prefix`` special
-    tokens stand before the patches, the first of them a ``class_token``; ``distilled``: the second is for distillation.
-    ``channels_last`` of maps, None where nothing says so. ``aspect``: height over width of the image."""
+    tokens stand before the patches, the first of them a ``class_token``; ``distilled``: the second is for distillation;
+    they may join the patches behind some block. ``grids`` are those that the patches may be of: the one that the model
+    was built for, and those of this image; () where nothing says so. ``channels_last`` of maps, None where nothing says
+    so. ``aspect``: height over width of the image."""
 
     blocks: tuple[str, ...] = ()
     stages: bool = False
@@ -321,6 +340,7 @@ class _Layout:
     distilled: bool = False
     channels_last: bool | None = None
     aspect: float = 1.0
+    grids: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, shape: tuple[int, ...]) -> _Layout:
@@ -333,7 +353,7 @@ class _Layout:
             blocks = tuple(path for paths in lists for path in paths)
             # The last block of a stage may share its output, and then its place, with the stage.
             shapes = [s for path, s in points.items() if any(f"{block}.".startswith(f"{path}.") for block in blocks)]
-            if any(_of_tokens(s, known) for s in shapes):
+            if any(_of_tokens(s, known, aspect) for s in shapes):
                 return cls(blocks, True, channels_last=known, aspect=aspect)
             prefix = int(getattr(model, "num_prefix_tokens", _token(model, "cls_token")))
             return cls((), False, prefix, bool(prefix), channels_last=known, aspect=aspect)
@@ -341,8 +361,12 @@ class _Layout:
         inside = getattr(owner, "embeddings", None)
         class_token = any(_token(m, n) for m in (owner, inside) for n in ("cls_token", "class_token"))
         distilled = _token(owner, "dist_token") or _token(inside, "distillation_token")
+        grids = [found.grid]
+        if len(shape) == 3:  # a patch that stands over the edge may be left out or filled up
+            down, across = (side / patch for side, patch in zip(shape[1:], found.patch, strict=True))
+            grids += [(int(down), int(across)), (math.ceil(down), math.ceil(across))]
         return cls(tuple(found.paths(model)), False, found.prefix, class_token, distilled and found.prefix > 1, known,
-                   aspect)  # fmt: skip
+                   aspect, tuple(dict.fromkeys(grids)))  # fmt: skip
 
     def ends_with_a_block(self, path: str, known: set[str]) -> bool:
         """Whether the module at ``path`` is a block, or answers with what its last block does. Of the ``known`` cut
@@ -350,19 +374,31 @@ class _Layout:
         inside = [block for block in self.blocks if f"{block}.".startswith(f"{path}.")]
         return bool(inside) and (inside[-1] == path or inside[-1] not in known)
 
+    def number(self, path: str) -> int:
+        """How many blocks have run when the module at ``path`` has, which is one or ends with one; 0 for another."""
+        return max((i + 1 for i, block in enumerate(self.blocks) if f"{block}.".startswith(f"{path}.")), default=0)
+
     def sort(self, sample: torch.Tensor) -> str:
         """What a module answers: tokens or a map of them, or a convolutional network's map."""
         if sample.ndim != 4:
             return "tokens"
-        last = self.channels_last
-        shape = sample.shape
-        if last is None:
-            last = shape[1] == shape[2] != shape[3]
-        return "map of tokens" if last or self.stages else "map"
+        return "map of tokens" if self._last(sample) or self.stages else "map"
+
+    def _last(self, sample: torch.Tensor) -> bool:
+        """Whether a map's channels are the last of its sizes."""
+        return channels_come_last(sample.shape[1:], self.aspect) if self.channels_last is None else self.channels_last
 
     def head(self, model: nn.Module, path: str, sample: torch.Tensor, classes: int, kind: str) -> nn.Module:
         """An untrained head of the ``kind`` for what the module at ``path`` answers."""
         grid, prefix = token_grid(model, path), self.prefix
+        if not self.stages and sample.ndim == 3:
+            found = self._tokens(model, path, sample.shape[1])
+            if found is None and grid is not None:
+                raise NotApplicable(
+                    f"{path!r} answers with {sample.shape[1]} tokens, which are neither {grid[0]} x {grid[1]} patches "
+                    f"nor these behind {prefix} special tokens; a block that hands on all patches would do"
+                )
+            grid, prefix = found or (grid, prefix)
         if self.stages and sample.ndim == 3:  # a stage, or the network, may have a class token (CvT, PiT)
             parts = path.split(".")
             around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
@@ -371,15 +407,38 @@ class _Layout:
             rows = max(1, round((tokens * self.aspect) ** 0.5))
             grid = (rows, tokens // rows)
         return build_head(
-            sample, classes, kind, prefix=prefix, grid=grid, distilled=self.distilled,
-            channels_last=self.channels_last, class_token=self.class_token or self.stages, stages=self.stages,
+            sample, classes, kind, prefix=prefix, grid=grid, distilled=self.distilled and prefix > 1,
+            channels_last=self._last(sample) if sample.ndim == 4 else None,
+            class_token=self.class_token or self.stages, stages=self.stages,
         )  # fmt: skip
 
+    def _tokens(self, model: nn.Module, path: str, count: int) -> tuple[tuple[int, int], int] | None:
+        """The grid of the patches among ``count`` tokens behind ``path``, and how many special ones stand before them:
+        all of them or, where they join behind, none. None where neither makes up the count."""
+        own = token_grid(model, path)  # of the clusters, where the patches are clustered
+        known = (*([own] if own else []), *self.grids)
+        for prefix in (self.prefix, 0):
+            patches = max(0, count - prefix)
+            likely = round((patches * self.aspect) ** 0.5), round((patches / self.aspect) ** 0.5)
+            for grid in known or (likely,):
+                if patches and patches == grid[0] * grid[1]:
+                    return grid, prefix
+        return None
 
-def _of_tokens(shape: tuple[int, ...], channels_last: bool | None) -> bool:
+    def joins_late(self, model: nn.Module, paths: Sequence[str], samples: Mapping[str, Any]) -> bool:
+        """Whether the last block has special tokens that join the patches behind one of ``paths``."""
+        if not self.blocks or self.stages:
+            return False
+        read = [self._tokens(model, path, samples[path].shape[1]) for path in paths if samples[path].ndim == 3]
+        last = samples.get(self.blocks[-1])
+        end = self._tokens(model, self.blocks[-1], last.shape[1]) if isinstance(last, torch.Tensor) else None
+        return end is not None and any(found is not None and found[1] != end[1] for found in read)
+
+
+def _of_tokens(shape: tuple[int, ...], channels_last: bool | None, aspect: float) -> bool:
     """Whether a block's output, without the batch, is tokens (N, C) or a map of them (h, w, C), and no (C, h, w)."""
     if len(shape) == 3 and channels_last is None:
-        channels_last = shape[0] == shape[1] != shape[2]
+        channels_last = channels_come_last(shape, aspect)
     return len(shape) == 2 or (len(shape) == 3 and bool(channels_last))
 
 
@@ -405,15 +464,28 @@ def _block(model: nn.Module, number: int) -> str:
     return paths[number] if 0 <= number < len(paths) and not root else f"blocks.{number}"
 
 
-def _heads_at(trained: Exits, points: Sequence[CutPoint]) -> list[nn.Module]:
-    """Copies of the heads at these places. Raises NotApplicable where there is none."""
+def _heads_at(model: nn.Module, trained: Exits, points: Sequence[CutPoint]) -> list[nn.Module]:
+    """Copies of the heads at these places of ``model``, whose tokens may be clustered. Raises NotApplicable where
+    there is none."""
     for point in points:
         if point.path not in trained.positions:
             raise NotApplicable(
                 f"the model arrives with trained exits behind {', '.join(trained.positions)}, and none behind "
                 f"{point.path!r}; heads='published' or 'linear' gives it new ones anywhere"
             )
-    return [copy.deepcopy(trained.heads[trained.positions.index(point.path)]).eval() for point in points]
+    heads = [copy.deepcopy(trained.heads[trained.positions.index(point.path)]).eval() for point in points]
+    for point, head in zip(points, heads, strict=True):
+        if isinstance(head, TokenExit) and token_clusters_of(model) is not None:
+            head.grid = token_grid(model, point.path) or head.grid
+    return heads
+
+
+def _check_name(model: nn.Module) -> None:
+    """Raise NotApplicable where no exits can be attached, since the model has something else of their name."""
+    if hasattr(model, NAME) and exits_of(model) is None:
+        raise NotApplicable(
+            f"{type(model).__name__} has something else called {NAME!r}, the name that exits go by; rename it"
+        )
 
 
 def _check_read(point: CutPoint, sample: Any) -> None:

@@ -78,6 +78,13 @@ def test_the_runtime_lets_the_same_samples_leave() -> None:
         assert found.shares.sum() == pytest.approx(1)
 
 
+def test_an_exit_that_is_never_taken_has_no_threshold_for_the_runtime_either() -> None:
+    found = for_runtime(np.array([0.5, np.inf]))
+    assert found.dtype == np.float32
+    assert found[0] == np.nextafter(np.float32(0.5), np.float32(0))
+    assert found[1] == np.inf
+
+
 def test_a_budget_is_kept() -> None:
     scores = np.random.default_rng(0).random((400, 3))
     costs = [found.cost for found in budget_curve(scores, COSTS)]

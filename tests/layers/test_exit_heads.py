@@ -21,6 +21,7 @@ from lissom.layers.exit_heads import (
     MapExit,
     TokenExit,
     build_head,
+    channels_come_last,
     head_kinds,
 )
 from lissom.meters.costs import total
@@ -211,6 +212,26 @@ def test_a_head_by_the_shape_of_the_output(shape, options, kind, made) -> None:
     torch.testing.assert_close(program.module()(x), logits)
     head.reset_classifier(7)
     assert head(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "aspect", "last"),
+    [
+        ((64, 64, 80), 0.8, False),  # of 256 x 320 pixels: as many channels as rows
+        ((64, 80, 64), 1.25, False),
+        ((64, 80, 192), 0.8, True),
+        ((8, 11, 64), 250 / 330, True),  # rounded up,
+        ((7, 10, 64), 250 / 330, True),  # down
+        ((64, 7, 10), 250 / 330, False),
+        ((64, 80, 100), 0.8, False),  # both pairs of sizes fit: torch's order
+        ((7, 7, 16), 1.0, True),
+        ((16, 16, 16), 1.0, False),
+        ((16, 7, 5), 1.0, False),
+        ((7, 8, 16), 1.0, False),
+    ],
+)
+def test_where_a_maps_channels_stand(sizes, aspect, last) -> None:
+    assert channels_come_last(sizes, aspect) is last
 
 
 def test_attention_heads_divide_the_channels() -> None:

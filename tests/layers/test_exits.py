@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -225,6 +227,47 @@ def test_a_networks_own_exits_answer_beside_it(x):
     assert len(attach_own_exits(model, [])(x)) == 1
     with pytest.raises(ValueError, match="no exit of its own at 'first'; it has early"):
         attach_own_exits(model, ["first"])
+
+
+class Outputs(NamedTuple):
+    """As torchvision's GoogLeNet gives in training."""
+
+    logits: torch.Tensor
+    aux2: torch.Tensor
+    aux1: torch.Tensor
+
+
+class Auxiliary(Net):
+    """Answers with two auxiliary heads beside in training; ``kind`` is the tuple."""
+
+    def __init__(self, kind: Callable[..., Any] = Outputs) -> None:
+        super().__init__()
+        self.aux = nn.Linear(6, 3)
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        own, aux = super().forward(x), self.aux(self.first(x).relu())
+        return self.kind(own, aux, aux + 1) if self.training else own
+
+
+def test_an_auxiliary_head_is_not_taken_for_the_models_own_answer(x):
+    torch.manual_seed(0)
+    model = Auxiliary().eval()
+    own = model(x)
+    attach_exits(model.train(), Exits(["first"], [nn.Linear(6, 3)]))
+    early, answer = model(x)
+    assert torch.equal(answer, own)
+    assert torch.equal(early, model.exits.heads[0](model.first(x)))
+
+    def plain(*answers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return answers
+
+    model.kind = plain
+    with pytest.raises(LissomError, match="Auxiliary gives 3 answers at once, and which of them is its own cannot"):
+        model(x)
+    assert torch.equal(model.eval()(x)[1], own)
+    model.train().kind = lambda own, *rest: (own, None)
+    assert torch.equal(model(x)[1], own)
 
 
 def test_a_child_may_declare_exits_for_the_model(x):

@@ -259,6 +259,7 @@ BACKBONES = {
     "timm's ResNet": lambda: timm.create_model("resnet18"),
     "timm's features of a RegNet": lambda: timm.create_model("regnety_002", features_only=True),
     "timm's features of a ConvNeXt": lambda: timm.create_model("convnext_atto", features_only=True),
+    "timm's features of an EfficientNet": lambda: timm.create_model("tinynet_e", features_only=True),
     "a pair": cnn,
 }
 
@@ -288,6 +289,29 @@ def test_the_stem_ends_where_the_first_stage_begins() -> None:
         torch.testing.assert_close(y, whole.forward_features(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "reductions"),
+    [
+        ("efficientnet_b0", {}, [2, 4, 8, 16, 32]),
+        ("mobilenetv3_large_100", {}, [2, 4, 8, 16, 32]),
+        ("mobilenetv3_small_050", {}, [2, 4, 8, 16, 32]),  # its first map is the first convolution's
+        ("mobilenetv4_conv_small", {"out_indices": (1, 2, 3, 4)}, [2, 4, 8, 16, 32]),
+        ("efficientnet_b0", {"out_indices": (0, 1, 2, 3)}, [2, 2, 4, 8, 16]),
+    ],
+)
+def test_networks_of_timm_that_give_features_of_their_own(name: str, options: Any, reductions: list[int]) -> None:
+    torch.manual_seed(0)
+    features, x = timm.create_model(name, features_only=True, **options).eval(), images(1, 3, 64, 64)
+    stem, stages = split_cnn(features)
+    with torch.no_grad():
+        want, found = features(x), [stem(x)]
+        for stage in stages:
+            found.append(stage(found[-1]))
+    assert [64 // y.shape[2] for y in found] == reductions
+    for own, other in zip(found[1:], want[-4:], strict=True):
+        assert torch.equal(own, other)
+
+
 def test_looking_at_the_widths_leaves_the_cnn_alone() -> None:
     backbone = torchvision.models.resnet18()
     backbone.layer2.eval()
@@ -304,8 +328,12 @@ def test_what_does_not_fit_is_told() -> None:
         DynPerceiver(torchvision.models.squeezenet1_1())
     with pytest.raises(ValueError, match="4 stages, not 3"):
         DynPerceiver((cnn()[0], cnn()[1][:3]))
-    with pytest.raises(ValueError, match="features are 2 maps"):
-        DynPerceiver(timm.create_model("resnet18", features_only=True, out_indices=(0, 1)))
+    for name in ("resnet18", "tinynet_e"):
+        with pytest.raises(ValueError, match="features are 2 maps"):
+            DynPerceiver(timm.create_model(name, features_only=True, out_indices=(0, 1)))
+    inside = timm.create_model("tinynet_e", features_only=True, feature_location="expansion")
+    with pytest.raises(ValueError, match="four stages of EfficientNetFeatures are not known"):
+        DynPerceiver(inside)
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny(latents=12)
     with pytest.raises(ValueError, match="3 heads do not divide 8"):

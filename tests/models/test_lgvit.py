@@ -13,6 +13,7 @@ import torch
 
 from lissom.errors import LissomError
 from lissom.layers.exit_heads import GlobalAggregationHead, LocalPerceptionHead
+from lissom.layers.exits import attach_exits, put_away_exits
 from lissom.models.factory import _load, create_model, from_published
 from lissom.models.lgvit import checkpoint_filter_fn
 
@@ -89,6 +90,20 @@ def test_exits_stand_where_they_are_published() -> None:
     assert [getattr(head.mixer, "depthwise", None) for head in swin.exits.heads[:4]] == [True, True, False, False]
     four = outline("lgvit_vit_base", exits=(4, 6, 9, 11))
     assert [getattr(head.mixer, "stride", 0) for head in four.exits.heads] == [0, 0, 2, 3]
+
+
+@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_exits_go_along_with_another_size_of_the_images(name: str, away: bool) -> None:
+    model = small(name).eval()
+    exits = model.exits
+    if away:
+        put_away_exits(model)
+    model.set_input_size(img_size=(96, 64))
+    if away:
+        attach_exits(model, exits)
+    with torch.no_grad():
+        assert [tuple(answer.shape) for answer in model(torch.zeros(2, 3, 96, 64))] == [(2, 5)] * 9
 
 
 @pytest.mark.parametrize("exits", [(), (4, 4), (6, 4), (0, 3), (4, 12)])

@@ -134,6 +134,26 @@ def test_where_a_cnn_falls_into_four_stages(make: Any, side: int, ends: tuple[st
     assert done == sorted(set(done))
 
 
+def test_stages_that_timm_names_and_that_cannot_be_cut_are_found() -> None:
+    """Of a network whose features lie inside residual branches, as those of timm's Xception do."""
+
+    class Residual(nn.Module):
+        def __init__(self, before: int, width: int) -> None:
+            super().__init__()
+            self.rep, self.skip = block(before, width, 2), nn.Conv2d(before, width, 1, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rep(x) + self.skip(x)
+
+    model = nn.Sequential(block(3, 8, 1), *(Residual(8, 8) for _ in range(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 4))  # fmt: skip
+    model.feature_info = [{"num_chs": 8, "reduction": 2**i, "module": f"{i}.rep"} for i in range(1, 5)]
+    assert [point.path for point in stage_ends(model.eval(), (3, 32, 32))] == ["0", "1", "2", "3", "4"]
+    # In front of the first stage, too.
+    model.feature_info = [{"num_chs": 8, "reduction": 1, "module": name} for name in ("1.rep", "1", "2", "3", "4")]
+    assert [point.path for point in stage_ends(model, (3, 32, 32))] == ["0", "1", "2", "3", "4"]
+
+
 def test_stages_of_the_users_choice(model: nn.Module) -> None:
     chosen = ("stem.2", "body.0", "body.2", "body.3", "body.4")
     assert tuple(p.path for p in stage_ends(model, SHAPE, chosen)) == chosen
@@ -310,8 +330,8 @@ def test_what_cannot_be_cut_is_refused(name: str, options: Any, side: int, sente
 def test_what_is_refused(model: nn.Module, plan: Plan) -> None:
     for wrong in ({"latents": 12}, {"latents": 4}, {"latents": 8.5}, {"depths": (1, 1)}, {"depths": (0, 1, 1, 1)},
                   {"depths": 3}, {"widening": 0}, {"risk": 0}, {"rule": "mood"}, {"stages": ("a", "b")},
-                  {"stages": "layer1"}, {"at": ()}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"latents|depths|widening|risk|rule|stages|at is"):
+                  {"stages": "layer1"}, {"at": ()}, {"patience": 0}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"latents|depths|widening|risk|rule|stages|at is|patience"):
             DynamicPerceiver(**wrong)
     ready = Plan.of(tiny().eval(), SHAPE)
     with pytest.raises(NotApplicable, match=r"early_exit\(\) leaves through those"):
@@ -326,6 +346,17 @@ def test_what_is_refused(model: nn.Module, plan: Plan) -> None:
     taken.perceiver = nn.Identity()
     with pytest.raises(NotApplicable, match="something else called 'perceiver'"):
         DynamicPerceiver(**SMALL).apply(Plan.of(taken, SHAPE), task())
+
+
+def test_rules_of_patience_say_how_patient(model: nn.Module) -> None:
+    base, of = Plan.of(model, SHAPE), task()
+    patient = DynamicPerceiver(rule="patient_and_confident", patience=3, **SMALL)
+    assert [(e.rule, e.patience) for e in patient.apply(base, of).decisions] == [("patient_and_confident", 3)] * 3
+    assert patient.training_form() == DynamicPerceiver(**SMALL)  # what is trained does not depend on it
+    assert str(DynamicPerceiver(rule="patience", patience=2)) == "dynamic_perceiver(rule='patience')"
+    assert Recipe.parse(str(patient)).techniques[0] == patient
+    with pytest.raises(NotApplicable, match="3 exits cannot be sure 4 times in a row"):
+        replace(patient, patience=4).apply(base, of)
 
 
 def test_it_stands_with_what_changes_the_cnn(model: nn.Module) -> None:

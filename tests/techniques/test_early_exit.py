@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.cait import Cait
+from timm.models.convit import ConVit
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.xcit import Xcit
 from torch import nn
 
 from lissom.data.splits import ArraySplit
@@ -20,7 +23,7 @@ from lissom.export.cuts import check_cut
 from lissom.export.exporting import export_plan, run_stages
 from lissom.export.plan import Plan
 from lissom.layers.exit_heads import GlobalAggregationHead, LocalPerceptionHead, MapExit, TokenExit, head_kinds
-from lissom.layers.exits import exits_of, put_away_exits
+from lissom.layers.exits import OwnExit, exits_of, put_away_exits
 from lissom.models.factory import create_model
 from lissom.runtime.target import RUNTIMES, Target
 from lissom.tasks.task import Task
@@ -127,6 +130,31 @@ def test_what_is_refused() -> None:
             EarlyExit(**wrong)
     with pytest.raises(NotApplicable, match="2 exits cannot be sure 3 times in a row"):
         EarlyExit(at=(1, 2), rule="patient_and_confident", patience=3).apply(plan, task())
+
+
+def test_a_network_with_something_of_the_exits_name_is_refused() -> None:
+    class Named(nn.Module):
+        def __init__(self, declared: bool) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8)), nn.Linear(8, 4)
+            self.exits = nn.ModuleList([nn.Linear(8, 4)])
+            self.declared = declared
+
+        def own_exits(self) -> list[OwnExit]:
+            return [OwnExit("exits.0", carries=("body",))] if self.declared else []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(x)
+            self.exits[0](x)
+            return self.head(x)
+
+    for declared in (True, False):
+        plan = Plan.of(Named(declared).eval(), (3, 32, 32))
+        sentence = "Named has something else called 'exits', the name that exits go by; rename it"
+        with pytest.raises(NotApplicable, match=sentence):
+            EarlyExit().check(plan, TARGET)
+        with pytest.raises(NotApplicable, match=sentence):
+            EarlyExit().apply(plan, task())
 
 
 def test_the_space_offers_places_and_risks() -> None:
@@ -283,6 +311,46 @@ def test_special_tokens_are_read_as_what_they_are() -> None:
     changed = EarlyExit(at=(2,)).apply(Plan.of(registers, (3, 32, 32)), task())
     head = exits_of(changed.model).heads[0]  # type: ignore[union-attr]
     assert (head.prefix, head.class_token, head.distillation_classifier) == (2, False, None)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [(Cait, {}), (ConVit, {"local_up_to_layer": 4}), (Xcit, {})])
+def test_a_class_token_that_joins_late_is_read_where_it_is(kind: Any, sizes: Any, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "num_classes": 4}
+    model, of = kind(depth=6, **small, **sizes).eval(), task(16)
+    plan = Plan.of(model, (3, 32, 32))
+    for heads in ("auto", "linear"):
+        plans = EarlyExit(at=(1, 3, 4), heads=heads).apply(plan, of)
+        found = [(head.prefix, head.class_token) for head in exits_of(plans.model).heads]  # type: ignore[union-attr]
+        assert found == [(0, False), (0, False), (1, True) if kind is ConVit else (0, False)]
+    recoverer = Recoverer(plan, of, TARGET, tmp_path, epochs=1, seconds=None, seed=0)
+    exits = EarlyExit(at=(1, 4))
+    answers = recoverer.recover(Recipe((exits,)), exits.apply(plan, of)).model(torch.zeros(2, 3, 32, 32))
+    assert [tuple(answer.shape) for answer in answers] == [(2, 4)] * 3
+
+
+class Pairs(nn.Module):
+    """Makes one token of every two patches, and leaves the class token out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 1:].unflatten(1, (-1, 2)).mean(2)
+
+
+@pytest.mark.parametrize("heads", ["auto", "linear"])
+def test_tokens_that_are_no_longer_the_patches_are_refused(heads: str) -> None:
+    model = small_vit()
+    model.blocks[1] = nn.Sequential(model.blocks[1], Pairs())  # type: ignore[operator]
+    sentence = r"'blocks\.2' answers with 8 tokens, which are neither 4 x 4 patches nor these behind 1 special tokens"
+    with pytest.raises(NotApplicable, match=sentence):
+        EarlyExit(at=(2,), heads=heads).apply(Plan.of(model, (3, 32, 32)), task())
+
+
+def test_images_of_another_size_than_the_model_was_built_for() -> None:
+    shape, model = (3, 32, 48), deep_vit(depth=4, dynamic_img_size=True)
+    for heads in ("auto", "linear"):
+        changed = EarlyExit(at=(2,), heads=heads).apply(Plan.of(model, shape), replace(task(), shape=shape))
+        (head,) = exits_of(changed.model).heads  # type: ignore[union-attr]
+        assert (head.prefix, head.class_token, getattr(head, "grid", (4, 6))) == (1, True, (4, 6))
 
 
 def distilled_vit() -> nn.Module:
@@ -467,6 +535,35 @@ def test_a_stage_of_a_transformer_is_a_map_of_tokens() -> None:
     assert head.channels_first
 
 
+class Turned(nn.Module):
+    """A network whose maps have their channels last inside, and which does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Conv2d(3, 24, 4, 4)
+        self.layers = nn.Sequential(*(nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24)) for _ in range(4)))
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(self.embed(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_maps_of_images_that_are_not_square() -> None:
+    shape = (3, 16, 24)
+    of = replace(task(), shape=shape)
+    # 8 channels on 8 x 12 places: the first sizes are equal, and the channels are not the last.
+    plan = EarlyExit(at=("7", "13")).apply(Plan.of(small_cnn(), shape), of)
+    assert kinds_of(plan) == ["ConvExit", "ConvExit"]
+    linear = EarlyExit(at=("7",), heads="linear").apply(Plan.of(small_cnn(), shape), of)
+    turned = EarlyExit(at=("layers.1", "layers.2")).apply(Plan.of(Turned().eval(), shape), of)
+    heads = [head for p in (linear, turned) for head in exits_of(p.model).heads]  # type: ignore[union-attr]
+    assert [(type(head).__name__, head.channels_first) for head in heads] == [
+        ("LinearExit", True), ("MapExit", False), ("MapExit", False)
+    ]  # fmt: skip
+    assert [head.classifier.in_features for head in heads] == [8, 24, 24]
+
+
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "Swin"])
 def test_models_of_the_transformers_package(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -580,6 +677,17 @@ def test_depths_are_operations_where_blocks_cannot_be_counted() -> None:
     assert not exits.detached
 
 
+def test_depths_behind_stages_are_counted_in_blocks() -> None:
+    for make, at, depths in (
+        (small_swin, ("layers.1", "layers.2"), (3, 6)), (small_pvt, ("stages.0", "stages.1"), (1, 3)),
+    ):  # fmt: skip
+        of = replace(task(), shape=(3, 64, 64)) if make is small_pvt else task()
+        plan = EarlyExit(at=at, train="all").apply(Plan.of(make(), of.shape), of)
+        assert plan.recovery == (AlternatingExits(depths, 7),)
+    blocks = EarlyExit(at=("layers.2.blocks.0", "layers.2.blocks.1"), train="all")
+    assert blocks.apply(Plan.of(small_swin(), (3, 32, 32)), task()).recovery == (AlternatingExits((4, 5), 7),)
+
+
 def test_exits_where_nobody_leaves_count_for_patience() -> None:
     patient = EarlyExit(at=(1, 2, 3), rule="patience")
     assert patient.only(("blocks.3",)) is patient
@@ -587,6 +695,22 @@ def test_exits_where_nobody_leaves_count_for_patience() -> None:
     plan = replace(patient, rule="patient_and_confident").apply(Plan.of(small_vit(), (3, 32, 32)), task())
     assert [(e.rule, e.patience) for e in plan.decisions] == [("patient_and_confident", 2)] * 3
     assert patient.training_form() == EarlyExit(at=("*",))
+
+
+def test_the_exits_a_model_arrived_with_read_clustered_tokens() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "depth": 6}
+    ready = create_model("lgvit_deit_small", num_classes=4, exits=(2, 3, 5), **sizes).eval()
+    plan = Plan.of(put_away_exits(copy.deepcopy(ready)), (3, 32, 32))
+    fewer = Recipe.parse("token_clustering(after=2, grid=(6, 6)) + early_exit()").apply(plan, task(), TARGET)
+    heads = exits_of(fewer.model).heads  # type: ignore[union-attr]
+    assert [head.grid for head in heads] == [(8, 8), (6, 6), (6, 6)]
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want, found = ready(x), fewer.model(x)
+    assert [tuple(answer.shape) for answer in found] == [(2, 4)] * 4
+    torch.testing.assert_close(found[0], want[0])  # before the clustering nothing differs
+    assert [head.grid for head in ready.exits.heads] == [(8, 8)] * 3
 
 
 @pytest.mark.parametrize("name", ["lgvit_vit_base", "lgvit_deit_small", "lgvit_swin_base"])
