@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -586,7 +587,10 @@ def timed(
         for seed, point in enumerate(found or []):
             if point is None:
                 continue
-            artifact = Artifact.open(times[point.name]["path"])
+            # A copy for each: thresholds and shares lie in an artifact's own plan, and seeds have one structure.
+            path = options.work / "artifacts" / f"{network}-point-{len(keys)}"
+            shutil.rmtree(path, ignore_errors=True)
+            artifact = Artifact.open(shutil.copytree(times[point.name]["path"], path))
             if point.thresholds:
                 decisions = [
                     {**d, "threshold": None if math.isinf(t) else t}
