@@ -92,7 +92,7 @@ class Refusing(Technique):
     """Planted: refuses an earlier one from its own side."""
 
     name: ClassVar[str] = "refusing"
-    stage: ClassVar[str] = "memory"
+    stage: ClassVar[str] = "precision"
     refuses: ClassVar[Mapping[str, str]] = {"jealous": "no"}
 
 
