@@ -93,6 +93,7 @@ class Refusing(Technique):
 
     name: ClassVar[str] = "refusing"
     stage: ClassVar[str] = "precision"
+    turn: ClassVar[int] = 1
     refuses: ClassVar[Mapping[str, str]] = {"jealous": "no"}
 
 
@@ -151,7 +152,7 @@ def test_knobs_that_are_not_searched_leave_no_trace_and_others_must_be_known():
 def test_of_two_that_refuse_each_other_the_later_is_dropped():
     names = ("refusing", "jealous", "spared", "widened")
     found = space(*names)
-    # Order: widened (structure), jealous (exits), spared (precision), refusing (memory).
+    # Order: widened (structure), jealous (exits), spared (precision), refusing (its second turn).
     start = {"widened": 0, "jealous": 3, "spared": 4, "refusing": 6}
     kinds = {name: load_part("technique", name) for name in names}
     kept = {
