@@ -181,7 +181,7 @@ def _copy_without_code(torch: Any, path: Path, copy: IO[bytes]) -> None:
                         target.write(data)
                     else:
                         shutil.copyfileobj(source, target)
-    except LissomError:
+    except (LissomError, OSError):  # a disk without room for the copy says so itself
         raise
     except Exception as error:  # torn archives, bad JSON, pickles of anything but tensors
         raise LissomError(f"{path} is damaged, or holds code that PyTorch would execute on loading") from error

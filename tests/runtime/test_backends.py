@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
@@ -213,6 +214,16 @@ def test_a_program_that_holds_code_is_refused_and_not_run(where: str, tmp_path: 
         open_graph(bad, "torch", threads=1)
     assert not planted.exists()
     open_graph(good, "torch", threads=1)
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    program = save("torch", tmp_path)
+    monkeypatch.setattr("lissom.export.torch_graph.shutil.copyfileobj", full)
+    with pytest.raises(LissomError, match=r"cannot open .*No space left on device"):
+        open_graph(program, "torch", threads=1)
 
 
 def test_inspect_names_reference_operators_and_conversions(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
